@@ -1,0 +1,1 @@
+"""The networks, and how ComfyUI calls each of them."""

@@ -1,0 +1,24 @@
+"""Make a network of another library a citizen of ComfyUI's memory management.
+
+`comfy.ops` layers subclass torch's and add class attributes only, so a built network is adopted by changing the class of its layers:
+weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA patches.
+"""
+
+import torch
+
+ADOPTED_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding")
+
+
+def adopt(network: torch.nn.Module, operations: type, replacements: dict[type, type] | None = None) -> torch.nn.Module:
+    """Change the classes of a network's modules in place and return it.
+
+    Args:
+        network: the built network; exact torch layer types become `operations.<same name>`.
+        operations: a `comfy.ops` namespace such as `comfy.ops.manual_cast`.
+        replacements: module class -> its subclass (same attributes, another `forward`).
+    """
+    classes = {getattr(torch.nn, name): getattr(operations, name) for name in ADOPTED_LAYERS}
+    classes.update(replacements or {})
+    for module in network.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return network

@@ -1,0 +1,72 @@
+"""Attention, feed-forward and the spatial transformer of diffusers' 3-D UNets, as ComfyUI runs them.
+
+Each class keeps the parameters of the diffusers class it extends and computes the same numbers with less work:
+attention goes through ComfyUI's optimized attention, keys and values of the text come in projected (once per run),
+and all frames of a clip share them as one long query instead of repeating them per frame.
+"""
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+# Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 1024 rows stays near the caches; on other devices chunks only bound memory.
+CPU_ROWS = 1024
+DEVICE_ROWS = 65536
+
+
+class OptimizedAttention(Attention):
+    """Plain multi-head attention (no masks, norms or added projections) through ComfyUI's attention function."""
+
+    def forward(self, hidden: torch.Tensor, keys_values: tuple | None = None, transformer_options: dict | None = None):
+        """Attend `hidden` (N, L, C) to itself, or to projected `keys_values`, two tensors (N, S, heads * dim)."""
+        keys, values = (self.to_k(hidden), self.to_v(hidden)) if keys_values is None else keys_values
+        attended = optimized_attention(self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {})
+        return self.to_out[0](attended)
+
+    def project(self, context: torch.Tensor) -> torch.Tensor:
+        """Keys and values of a text (B, S, D) side by side: (B, S, 2 * heads * dim)."""
+        return torch.cat((self.to_k(context), self.to_v(context)), dim=-1)
+
+
+class ChunkedFeedForward(FeedForward):
+    """GEGLU feed-forward that holds the wide hidden layer of a bounded number of rows at a time; weights are fetched once."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        limit = CPU_ROWS if comfy.model_management.is_device_cpu(hidden.device) else DEVICE_ROWS
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if rows.shape[0] <= limit:
+            return super().forward(hidden)
+        wide, narrow = self.net[0].proj, self.net[2]
+        wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)
+        narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)
+        out = torch.empty_like(rows)
+        for start in range(0, rows.shape[0], limit):
+            value, gate = torch.nn.functional.linear(rows[start : start + limit], wide_weight, wide_bias).chunk(2, dim=-1)
+            value = value * torch.nn.functional.gelu(gate)
+            out[start : start + limit] = torch.nn.functional.linear(value, narrow_weight, narrow_bias)
+        comfy.ops.uncast_bias_weight(wide, wide_weight, wide_bias, wide_stream)
+        comfy.ops.uncast_bias_weight(narrow, narrow_weight, narrow_bias, narrow_stream)
+        return out.view_as(hidden)
+
+
+class SpatialTransformer(Transformer2DModel):
+    """Self-attention within each frame, cross-attention to the text shared by all frames of a clip."""
+
+    def forward(self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None) -> torch.Tensor:
+        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer."""
+        frames, channels, height, width = hidden.shape
+        clips = keys_values.shape[0]
+        tokens = self.norm(hidden).permute(0, 2, 3, 1).reshape(frames, height * width, channels)
+        tokens = self.proj_in(tokens)
+        text = keys_values.chunk(2, dim=-1)
+        for block in self.transformer_blocks:
+            tokens = tokens + block.attn1(block.norm1(tokens), transformer_options=transformer_options)
+            clip_tokens = block.norm2(tokens).view(clips, -1, tokens.shape[-1])
+            tokens = tokens + block.attn2(clip_tokens, text, transformer_options).view_as(tokens)
+            tokens = tokens + block.ff(block.norm3(tokens))
+        tokens = self.proj_out(tokens).view(frames, height, width, channels)
+        return hidden + tokens.permute(0, 3, 1, 2)

@@ -1,0 +1,153 @@
+"""diffusers' 3-D UNets as ComfyUI diffusion models.
+
+The classes keep the published parameters and key names; `forward` has ComfyUI's signature and runs the block lists itself, so that the text's
+keys and values are projected once per run, frames stay folded into the batch, and ComfyUI's block patches (FreeU and its like) apply.
+"""
+
+import comfy.patcher_extension
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import TemporalConvLayer
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
+
+from .temporal import TemporalConv, TemporalTransformer, as_clip, as_frames
+from .transformer import ChunkedFeedForward, OptimizedAttention, SpatialTransformer
+
+REPLACEMENTS = {
+    Attention: OptimizedAttention,
+    FeedForward: ChunkedFeedForward,
+    Transformer2DModel: SpatialTransformer,
+    TransformerTemporalModel: TemporalTransformer,
+    TemporalConvLayer: TemporalConv,
+}
+
+
+class BlockRunner:
+    """Runs the down, mid and up blocks of a 3-D UNet over frames folded into the batch (mixed into the network's class)."""
+
+    def project_text(self, context: torch.Tensor) -> torch.Tensor:
+        """Keys and values of every cross-attention for a text (B, S, D), side by side on the last axis, in the order of execution."""
+        return torch.cat([attention.project(context) for attention in self._text_attentions()], dim=-1)
+
+    def _text_attentions(self) -> list[OptimizedAttention]:
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        transformers = [transformer for block in blocks if hasattr(block, "attentions") for transformer in block.attentions]
+        return [transformer.transformer_blocks[0].attn2 for transformer in transformers]
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        emb: torch.Tensor,
+        keys_values: torch.Tensor,
+        num_frames: int,
+        transformer_options: dict,
+    ) -> torch.Tensor:
+        """Run all blocks.
+
+        Args:
+            hidden: frames (B * F, C, h, w).
+            emb: time embedding of each clip (B, D).
+            keys_values: what `project_text` returns, (B, S, sum of the layers' widths).
+            num_frames: F.
+            transformer_options: ComfyUI's; `input_block_patch` and `output_block_patch` are honoured.
+        """
+        emb = emb.repeat_interleave(num_frames, dim=0)
+        widths = [2 * attention.inner_dim for attention in self._text_attentions()]
+        layers = _Layers(emb, iter(keys_values.split(widths, dim=-1)), num_frames, transformer_options)
+
+        skips = [layers.patch_input(hidden)]
+        for block in self.down_blocks:
+            for layer in _block_layers(block):
+                hidden = layers.patch_input(layers.run(layer, hidden))
+                skips.append(hidden)
+            for downsampler in block.downsamplers or ():
+                hidden = layers.patch_input(downsampler(hidden))
+                skips.append(hidden)
+
+        mid = self.mid_block
+        hidden = layers.run((mid.resnets[0], mid.temp_convs[0], None, None), hidden)
+        for layer in zip(mid.attentions, mid.temp_attentions, mid.resnets[1:], mid.temp_convs[1:]):
+            hidden = layers.attend(layer[0], layer[1], hidden)
+            hidden = layers.run((layer[2], layer[3], None, None), hidden)
+
+        for block in self.up_blocks:
+            for layer in _block_layers(block):
+                hidden, skip = layers.patch_output(hidden, skips.pop())
+                hidden = layers.run(layer, torch.cat((hidden, skip), dim=1))
+            for upsampler in block.upsamplers or ():
+                hidden = upsampler(hidden, output_size=skips[-1].shape[2:])
+        return hidden
+
+
+def _block_layers(block: torch.nn.Module) -> zip:
+    """(resnet, temporal convolution, spatial transformer or None, temporal transformer or None) of each layer."""
+    nothing = (None,) * len(block.resnets)
+    return zip(block.resnets, block.temp_convs, getattr(block, "attentions", nothing), getattr(block, "temp_attentions", nothing))
+
+
+class _Layers:
+    """One pass over the layers of a network: what they share, and the numbering of ComfyUI's block patches."""
+
+    def __init__(self, emb, keys_values, num_frames, transformer_options):
+        self.emb = emb
+        self.keys_values = keys_values
+        self.num_frames = num_frames
+        self.options = transformer_options
+        self.patches = transformer_options.get("patches", {})
+        self.inputs = 0
+        self.outputs = 0
+
+    def run(self, layer: tuple, hidden: torch.Tensor) -> torch.Tensor:
+        resnet, temporal_conv, spatial, temporal = layer
+        hidden = temporal_conv(resnet(hidden, self.emb), self.num_frames)
+        return hidden if spatial is None else self.attend(spatial, temporal, hidden)
+
+    def attend(self, spatial, temporal, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = spatial(hidden, next(self.keys_values), self.options)
+        return temporal(hidden, self.num_frames, self.options)
+
+    def patch_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.options["block"] = ("input", self.inputs)
+        self.inputs += 1
+        for patch in self.patches.get("input_block_patch", ()):
+            hidden = patch(hidden, self.options)
+        return hidden
+
+    def patch_output(self, hidden: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.options["block"] = ("output", self.outputs)
+        self.outputs += 1
+        for patch in self.patches.get("output_block_patch", ()):
+            hidden, skip = patch(hidden, skip, self.options)
+        return hidden, skip
+
+
+class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
+    """ModelScope text-to-video: `UNet3DConditionModel` called by ComfyUI."""
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **kwargs) -> torch.Tensor:
+        """Predict the noise of a clip.
+
+        Args:
+            x: noisy latents (B, 4, F, h, w).
+            timesteps: (B,), 0..999.
+            context: text states (B, S, D); read when `text_keys_values` is absent.
+            control, transformer_options: ComfyUI's.
+            text_keys_values: what `project_text` returns for the text.
+        """
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, control, options, **kwargs)
+
+    def _forward(self, x, timesteps, context, control, transformer_options, text_keys_values=None, **kwargs) -> torch.Tensor:
+        num_frames = x.shape[2]
+        if text_keys_values is None:
+            text_keys_values = self.project_text(context)
+        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
+        hidden = self.transformer_in(self.conv_in(as_frames(x)), num_frames, transformer_options)
+        hidden = self.run_blocks(hidden, emb, text_keys_values, num_frames, transformer_options)
+        hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        return as_clip(hidden, num_frames)
