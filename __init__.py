@@ -1,0 +1,1 @@
+"""ComfyUI-ConsistentVideo: consistent pictures and video as native ComfyUI nodes."""

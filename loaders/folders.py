@@ -1,0 +1,108 @@
+"""Checkpoints in ComfyUI's `diffusers` folders: listing, finding, reading their configuration."""
+
+import json
+import os
+from pathlib import Path
+
+import folder_paths
+
+from .families import Family
+
+MAX_DEPTH = 3
+
+
+def read_config(path: Path) -> dict:
+    """Read a JSON configuration file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. Download the complete repository folder again: every component needs its configuration file.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a JSON {type(config).__name__}, expected an object. Download the file again.")
+    return config
+
+
+def read_config_or(path: Path, default: dict) -> dict:
+    """The configuration file at `path`, or `default` when there is none."""
+    return read_config(path) if path.is_file() else default
+
+
+def checkpoint_folders() -> dict[str, Path]:
+    """Every folder that looks like a diffusers checkpoint, by its name relative to the `diffusers` folder it lies in."""
+    found = {}
+    for root in folder_paths.get_folder_paths("diffusers"):
+        for directory, subdirectories, files in os.walk(root, followlinks=True):
+            relative = os.path.relpath(directory, root)
+            subdirectories.sort()
+            is_checkpoint = "model_index.json" in files or any(name in subdirectories for name in ("unet", "transformer"))
+            if is_checkpoint and relative != ".":
+                found.setdefault(relative.replace(os.sep, "/"), Path(directory))
+            if is_checkpoint or relative.count(os.sep) + 1 >= MAX_DEPTH:
+                subdirectories.clear()
+    return found
+
+
+def network_class(folder: Path) -> str | None:
+    """`_class_name` of the folder's unet or transformer, None when there is no readable configuration.
+
+    The component's own configuration decides: finetunes carry foreign entries in model_index.json.
+    """
+    for component in ("unet", "transformer"):
+        path = folder / component / "config.json"
+        if path.is_file():
+            try:
+                return read_config(path).get("_class_name")
+            except ValueError:
+                return None
+    return None
+
+
+def list_checkpoints(family: Family) -> list[str]:
+    """Names of the folders that hold a checkpoint of a family, sorted.
+
+    Folders whose network configuration is missing or unreadable are listed too: loading one tells what is wrong with it.
+    """
+    names = checkpoint_folders().items()
+    return sorted(name for name, folder in names if network_class(folder) in (family.network_class, None))
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of a listed checkpoint.
+
+    Raises:
+        FileNotFoundError: no `diffusers` folder holds it.
+    """
+    folder = checkpoint_folders().get(name)
+    if folder is None:
+        roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
+        raise FileNotFoundError(f"Checkpoint folder '{name}' was not found in {roots}.")
+    return folder
+
+
+def explain_missing(family: Family, name: str) -> bool | str:
+    """True when the checkpoint exists, else a message that says where to get it and where to put it."""
+    if name in checkpoint_folders():
+        return True
+    roots = " or ".join(folder_paths.get_folder_paths("diffusers"))
+    return (
+        f"Checkpoint folder '{name}' was not found. Download {family.title}, published as {family.repository}, "
+        f"with all its sub-folders into a folder in {roots}, then refresh the node list (R)."
+    )
+
+
+def check_family(folder: Path, family: Family) -> None:
+    """Raise ValueError unless the folder's network configuration names the family's network."""
+    config = folder / family.component / "config.json"
+    found = read_config(config).get("_class_name")
+    if found != family.network_class:
+        raise ValueError(
+            f"{config} describes a {found or 'network without _class_name'}, but {family.title} needs {family.network_class}. "
+            f"Choose a folder of that family (published as {family.repository})."
+        )

@@ -1,0 +1,143 @@
+"""CLIP text encoders of diffusers folders as ComfyUI's CLIP, built from the folder's own configuration."""
+
+from pathlib import Path
+
+import comfy.sd
+import comfy.sd1_clip
+import folder_paths
+import torch
+
+from .folders import read_config, read_config_or
+from .network import compare
+from .weights import find_weights, read_weights
+
+PREFIX = "text_model."
+REQUIRED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
+DEFAULTS = {"hidden_act": "quick_gelu", "eos_token_id": 49407}
+
+
+class _Target:
+    """What `comfy.sd.CLIP` builds."""
+
+    def __init__(self, clip, tokenizer):
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.params = {}
+
+
+def load_text_encoder(folder: Path, layer: str = "last", prefer_half: bool = False, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """Load `<folder>/text_encoder` and `<folder>/tokenizer`.
+
+    Args:
+        folder: the checkpoint folder.
+        layer: "last" for the final hidden state, "penultimate" for the one before it; the final layer norm follows both.
+        prefer_half: take the `.fp16` variant when both precisions are present.
+        disable_dynamic: as of `comfy.sd.CLIP`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or does not fit the configuration.
+    """
+    config = _text_config(folder / "text_encoder" / "config.json")
+    pad_token = _pad_token(folder / "tokenizer")
+    files = find_weights(folder / "text_encoder", _weights_stem(folder / "text_encoder"), prefer_half)
+    state = _published_keys(read_weights(files))
+    clip = comfy.sd.CLIP(
+        _Target(_model_class(config, layer, pad_token), _tokenizer_class(folder / "tokenizer", config, pad_token)),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        disable_dynamic=disable_dynamic,
+    )
+    _check_keys(files, state, clip)
+    clip.load_sd(state)
+    return clip
+
+
+def load_text_encoder_patcher(folder: Path, layer: str, prefer_half: bool, disable_dynamic: bool = False):
+    """Load the text encoder again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
+    return load_text_encoder(folder, layer, prefer_half, disable_dynamic).patcher
+
+
+def _weights_stem(folder: Path) -> str:
+    """transformers names its files `model*.safetensors` but `pytorch_model*.bin`."""
+    return "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
+
+
+def _text_config(path: Path) -> dict:
+    config = {**DEFAULTS, **read_config(path)}
+    missing = [key for key in REQUIRED if key not in config]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}. Expected the configuration of a CLIP text model; restore the published file.")
+    return config
+
+
+def _pad_token(tokenizer: Path) -> int | None:
+    """Id of the padding token named by the tokenizer's configuration, None when it pads with the end token."""
+    config = {**read_config_or(tokenizer / "special_tokens_map.json", {}), **read_config_or(tokenizer / "tokenizer_config.json", {})}
+    token = config.get("pad_token", "<|endoftext|>")
+    token = token["content"] if isinstance(token, dict) else token
+    vocabulary = read_config_or(tokenizer / "vocab.json", {"!": 0})
+    if token not in vocabulary and token != "<|endoftext|>":
+        raise ValueError(f"{tokenizer / 'tokenizer_config.json'} names the padding token {token!r}, which vocab.json does not hold. Restore both published files.")
+    return None if token == "<|endoftext|>" else vocabulary[token]
+
+
+def _published_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys with the published prefix (transformers 5 may save them without it); position ids are no weights."""
+    keys = {key: key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key for key in state}
+    return {keys[key]: value for key, value in state.items() if not key.endswith("position_ids")}
+
+
+def _check_keys(files: list[Path], state: dict[str, torch.Tensor], clip: comfy.sd.CLIP) -> None:
+    transformer = clip.cond_stage_model.clip_h.transformer
+    state = {"text_projection.weight": transformer.text_projection.weight, **state}
+    difference = compare(state, transformer)
+    if difference:
+        raise ValueError(f"{', '.join(map(str, files))} does not fit text_encoder/config.json: {difference.summary()}. Restore the published files.")
+
+
+def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
+    end = 49407
+    layers = {"last": ("last", None), "penultimate": ("hidden", -2)}
+
+    class TextModel(comfy.sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options={}):
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                max_length=config["max_position_embeddings"],
+                layer=layers[layer][0],
+                layer_idx=layers[layer][1],
+                textmodel_json_config=config,
+                special_tokens={"start": 49406, "end": end, "pad": end if pad_token is None else pad_token},
+                layer_norm_hidden_state=True,
+                model_options=model_options,
+            )
+
+    class TextEncoder(comfy.sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options={}):
+            super().__init__(device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=TextModel)
+
+    return TextEncoder
+
+
+def _tokenizer_class(tokenizer: Path, config: dict, pad_token: int | None) -> type:
+    path = str(tokenizer) if (tokenizer / "vocab.json").is_file() else None
+
+    class Tokenizer(comfy.sd1_clip.SDTokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data={}):
+            super().__init__(
+                tokenizer_path=path,
+                max_length=config["max_position_embeddings"],
+                pad_with_end=pad_token is None,
+                pad_token=pad_token,
+                embedding_directory=embedding_directory,
+                embedding_size=config["hidden_size"],
+                embedding_key="clip_h",
+                tokenizer_data=tokenizer_data,
+            )
+
+    class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory=None, tokenizer_data={}):
+            super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, clip_name="h", tokenizer=Tokenizer)
+
+    return ClipTokenizer

@@ -1,0 +1,103 @@
+"""Weight files -> state dicts: finding the right variant, reading shards, refusing what is damaged.
+
+Everything goes through `comfy.utils.load_torch_file`: safetensors are memory-mapped, pickled files are restricted to tensors.
+"""
+
+import pickle
+from pathlib import Path
+
+import comfy.utils
+import torch
+from safetensors import SafetensorError
+
+from .folders import read_config
+
+SUFFIXES = (".safetensors", ".bin")
+HALF_TYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def find_weights(folder: Path, stem: str, prefer_half: bool = False) -> list[Path]:
+    """The files that hold a component's weights: one, or the shards that an index names.
+
+    Args:
+        folder: the component's folder, such as `<checkpoint>/unet`.
+        stem: published file name without suffix, such as `diffusion_pytorch_model`.
+        prefer_half: take the `.fp16` variant when both precisions are present.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard is missing.
+    """
+    variants = ("fp16", "") if prefer_half else ("", "fp16")
+    for suffix in SUFFIXES:
+        for variant in variants:
+            single = folder / ".".join(filter(None, (stem, variant, suffix[1:])))
+            if single.is_file():
+                return [single]
+            index = _index_file(folder, stem, variant, suffix)
+            if index is not None:
+                return _shards(index)
+    expected = ", ".join(f"{stem}{suffix}" for suffix in (*SUFFIXES, ".fp16.safetensors", ".safetensors.index.json"))
+    present = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "the folder does not exist"
+    raise FileNotFoundError(f"No weights in {folder}: expected one of {expected}; found: {present or 'nothing'}. Download the missing files.")
+
+
+def _index_file(folder: Path, stem: str, variant: str, suffix: str) -> Path | None:
+    """The index of a sharded component; the variant is written before or after `.index`, depending on the library's version."""
+    names = (f"{stem}{suffix}.index.json",) if not variant else (f"{stem}{suffix}.index.{variant}.json", f"{stem}.{variant}{suffix}.index.json")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(read_config(index).get("weight_map", {}).values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} has no usable 'weight_map' of shard files. Download the index again.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names shards that are missing: {', '.join(missing)}. Download them into the same folder.")
+    return [index.parent / name for name in names]
+
+
+def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Read one or more weight files into one state dict of finite tensors.
+
+    Raises:
+        ValueError: a file is damaged, holds something other than tensors, or holds NaN or infinite values.
+    """
+    state = {}
+    for path in files:
+        part = _read_file(path)
+        _check_tensors(path, part)
+        state.update(part)
+    return state
+
+
+def _read_file(path: Path) -> dict:
+    try:
+        return comfy.utils.load_torch_file(str(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds pickled objects other than tensors, which could run code and are refused. "
+            "Get the .safetensors version of this file from the original publisher."
+        ) from error
+    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+        size = path.stat().st_size
+        raise ValueError(f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one and download it again.") from error
+
+
+def _check_tensors(path: Path, state: dict) -> None:
+    foreign = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if foreign or not state:
+        found = f"other objects under {', '.join(foreign[:3])}" if foreign else "nothing"
+        raise ValueError(f"{path} should hold named tensors only, found {found}. Choose a file of weights.")
+    broken = [key for key, value in state.items() if not _is_finite(value)]
+    if broken:
+        raise ValueError(f"{path} has NaN or infinite values in {len(broken)} tensors ({', '.join(broken[:3])}). The file is damaged; download it again.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite; one fused pass, without a mask as large as the tensor."""
+    if not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float16)
+    return bool(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite())

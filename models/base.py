@@ -1,0 +1,70 @@
+"""How ComfyUI calls the networks of this pack: model configuration, sampling space, conditioning and memory estimate."""
+
+from collections.abc import Callable
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.supported_models_base
+import torch
+
+MODEL_TYPES = {
+    "epsilon": comfy.model_base.ModelType.EPS,
+    "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
+}
+
+
+class VideoModelConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI asks about a model.
+
+    Args:
+        dtype: type of the stored weights.
+        manual_cast_dtype: type of the computation when it differs from `dtype`, else None.
+        latent_format: the latent space.
+        model_channels: channels of the first block (read by block patches such as FreeU).
+        sampling_settings: as of `comfy.model_sampling.ModelSamplingDiscrete`.
+    """
+
+    unet_extra_config: dict = {}
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        manual_cast_dtype: torch.dtype | None,
+        latent_format: comfy.latent_formats.LatentFormat,
+        model_channels: int,
+        sampling_settings: dict,
+    ):
+        self.unet_config = {"dtype": dtype, "model_channels": model_channels, "in_channels": latent_format.latent_channels}
+        self.manual_cast_dtype = manual_cast_dtype
+        self.latent_format = latent_format
+        self.sampling_settings = sampling_settings
+        self.optimizations = dict(self.optimizations)
+
+
+class VideoModel(comfy.model_base.BaseModel):
+    """A published video network in ComfyUI's sampling space.
+
+    Args:
+        model_config: see `VideoModelConfig`.
+        scheduler_config: the checkpoint's diffusers scheduler configuration; kept for the reference schedule and sampler.
+        sigmas: (T,), sigma of each training timestep of that scheduler.
+        network: builds the network from a `comfy.ops` namespace.
+    """
+
+    def __init__(
+        self,
+        model_config: VideoModelConfig,
+        scheduler_config: dict,
+        sigmas: torch.Tensor,
+        network: Callable[[type], torch.nn.Module],
+    ):
+        prediction = scheduler_config.get("prediction_type", "epsilon")
+        super().__init__(model_config, MODEL_TYPES[prediction], unet_model=lambda operations, **_: network(operations))
+        self.scheduler_config = scheduler_config
+        self.model_sampling.set_sigmas(sigmas)
+
+    def get_dtype(self) -> torch.dtype:
+        """Type of the stored weights (diffusers networks answer with the type of whatever layer comes first)."""
+        return self.model_config.unet_config["dtype"]

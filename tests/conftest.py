@@ -1,0 +1,34 @@
+"""Fixtures: a real ComfyUI in this process, tiny checkpoints built once per session."""
+
+from comfy_process import enter
+
+enter()
+
+import folder_paths  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import tiny_checkpoints  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory):
+    """A ComfyUI models folder with the tiny checkpoints, known to ComfyUI's `folder_paths`."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoints.build_all(folder)
+    for kind in ("diffusers", "diffusion_models", "loras", "vae"):
+        (folder / kind).mkdir(exist_ok=True)
+        folder_paths.add_model_folder_path(kind, str(folder / kind), is_default=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def modelscope_folder(models_folder):
+    return models_folder / "diffusers" / tiny_checkpoints.MODELSCOPE_NAME
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """ComfyUI executes nodes in inference mode."""
+    with torch.inference_mode():
+        yield

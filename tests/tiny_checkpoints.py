@@ -1,0 +1,134 @@
+"""Tiny checkpoints in the published layout: same files, keys and configuration fields, few channels, seeded random weights.
+
+As a command: `python tests/tiny_checkpoints.py MODELS_FOLDER` writes every checkpoint that the example workflows name.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+MODELSCOPE_NAME = "text-to-video-ms-1.7b"
+TEXT_WIDTH = 64
+MODELSCOPE_UNET = {
+    "sample_size": 32,
+    "block_out_channels": (64, 128, 128, 128),
+    "layers_per_block": 1,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 64,
+    "norm_num_groups": 32,
+}
+MODELSCOPE_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def comfyui_tokenizer() -> Path:
+    """The CLIP vocabulary that ComfyUI ships."""
+    import comfy
+
+    return Path(next(iter(comfy.__path__))) / "sd1_tokenizer"
+
+
+def write_tokenizer(folder: Path, pad_token: str) -> None:
+    """A CLIP tokenizer folder with the published files and padding token."""
+    folder.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(comfyui_tokenizer() / name, folder / name)
+    config = json.loads((comfyui_tokenizer() / "tokenizer_config.json").read_text())
+    special = json.loads((comfyui_tokenizer() / "special_tokens_map.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad_token}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
+
+
+def write_text_encoder(folder: Path, layers: int = 3) -> None:
+    """A CLIP text tower as published: keys start with `text_model.`."""
+    config = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        eos_token_id=2,
+        bos_token_id=0,
+        pad_token_id=1,
+    )
+    model = CLIPTextModel(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def write_image_vae(folder: Path) -> None:
+    """A Stable Diffusion AutoencoderKL."""
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.18215,
+    )
+    _spread(vae)
+    vae.save_pretrained(folder)
+
+
+def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
+    """A ModelScope text-to-video folder."""
+    torch.manual_seed(seed)
+    unet = UNet3DConditionModel(**{**MODELSCOPE_UNET, **unet_settings})
+    _spread(unet)
+    unet.save_pretrained(folder / "unet")
+    write_image_vae(folder / "vae")
+    write_text_encoder(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer", "!")
+    DDIMScheduler(**MODELSCOPE_SCHEDULER).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "TextToVideoSDPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet3DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _spread(model: torch.nn.Module) -> None:
+    """Move every parameter off its initial value: zero-initialised layers and constant norms would hide errors."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def build_all(models: Path) -> None:
+    """Write every checkpoint that the example workflows name into a ComfyUI models folder; finished ones are kept."""
+    for name, write in {MODELSCOPE_NAME: write_modelscope}.items():
+        folder = models / "diffusers" / name
+        if not folder.exists():
+            unfinished = folder.with_name(f".{name}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write(unfinished)
+            unfinished.rename(folder)
+
+
+if __name__ == "__main__":
+    from comfy_process import enter
+
+    enter()
+    build_all(Path(sys.argv[1]))
