@@ -57,6 +57,19 @@ def _over_clips(encode, images: torch.Tensor) -> torch.Tensor:
     return latents.unflatten(0, (clips, frames)).movedim(1, 2)
 
 
+def over_frames(vae: comfy.sd.VAE) -> FrameVAE:
+    """The same image VAE (weights and patcher are shared) as one that takes clips.
+
+    Raises:
+        ValueError: the VAE is no image VAE.
+    """
+    if vae.latent_dim != 2:
+        raise ValueError(f"This VAE has {vae.latent_dim}-D latents of its own and handles clips already. Connect it directly, or connect an image VAE.")
+    frame_vae = FrameVAE.__new__(FrameVAE)
+    frame_vae.__dict__.update(vae.__dict__)
+    return frame_vae
+
+
 def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
     """Load `<folder>/vae`, a diffusers AutoencoderKL of any size.
 

@@ -23,7 +23,7 @@ def comfyui_folder() -> Path:
 
 
 def enter() -> None:
-    """Make `comfy` importable in CPU mode and the repository importable as the package `consistent_video`."""
+    """Make `comfy` importable in CPU mode and the repository importable as the package `consistent_video`; everything computes in fp32."""
     if PACKAGE in sys.modules:
         return
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != REPOSITORY]
@@ -32,6 +32,7 @@ def enter() -> None:
 
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.use_pytorch_cross_attention = True
+    comfy.cli_args.args.fp32_text_enc = True
     spec = importlib.util.spec_from_file_location(PACKAGE, REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)])
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package

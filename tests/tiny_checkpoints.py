@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import AutoencoderKL, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -24,14 +24,18 @@ MODELSCOPE_UNET = {
     "norm_num_groups": 32,
 }
 MODELSCOPE_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.15.0.dev0",
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
     "set_alpha_to_one": False,
+    "skip_prk_steps": True,
     "steps_offset": 1,
     "prediction_type": "epsilon",
+    "trained_betas": None,
 }
 
 
@@ -49,7 +53,7 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
         shutil.copy(comfyui_tokenizer() / name, folder / name)
     config = json.loads((comfyui_tokenizer() / "tokenizer_config.json").read_text())
     special = json.loads((comfyui_tokenizer() / "special_tokens_map.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad_token}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad_token, "model_max_length": 77}))
     (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
 
 
@@ -96,7 +100,8 @@ def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
     write_image_vae(folder / "vae")
     write_text_encoder(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer", "!")
-    DDIMScheduler(**MODELSCOPE_SCHEDULER).save_pretrained(folder / "scheduler")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MODELSCOPE_SCHEDULER))
     index = {
         "_class_name": "TextToVideoSDPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],

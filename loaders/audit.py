@@ -1,0 +1,102 @@
+"""A report on a checkpoint: what it is, what is wrong with it, what it takes to load it."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ..models.unet3d import ModelScopeUNet
+from . import folders, single_file
+from .families import MODELSCOPE
+from .network import build_on_meta, compare
+from .weights import find_weights, read_weights
+
+FILE_PREFIX = "diffusion_models/"
+
+
+def list_sources() -> list[str]:
+    """Checkpoint folders, then files of `diffusion_models` with their folder's name before them."""
+    return [*sorted(folders.checkpoint_folders()), *(FILE_PREFIX + name for name in single_file.list_files())]
+
+
+def find_source(name: str) -> Path:
+    """The folder or file behind a listed name.
+
+    Raises:
+        FileNotFoundError: it does not exist any more.
+    """
+    if name in folders.checkpoint_folders() or not name.startswith(FILE_PREFIX):
+        return folders.find_checkpoint(name)
+    return single_file.find_file(name.removeprefix(FILE_PREFIX))
+
+
+def report(name: str) -> str:
+    """The report on a listed folder or file. Damage is part of the report, not an error.
+
+    Raises:
+        FileNotFoundError: it does not exist any more.
+    """
+    source = find_source(name)
+    lines = [f"Checkpoint: {source}"]
+    try:
+        lines += _report_folder(source) if source.is_dir() else _report_file(source)
+    except (FileNotFoundError, ValueError) as error:
+        lines.append(f"Cannot be loaded: {error}")
+    return "\n".join(lines)
+
+
+def _report_folder(folder: Path) -> list[str]:
+    found = folders.network_class(folder)
+    if found != MODELSCOPE.network_class:
+        return [f"Family: none of this pack's ({found or 'no readable unet or transformer configuration'})", "To load it: use the node made for this model."]
+    config_file = folder / MODELSCOPE.component / "config.json"
+    files = find_weights(folder / MODELSCOPE.component, "diffusion_pytorch_model")
+    network = build_on_meta(ModelScopeUNet, folders.read_config(config_file), str(config_file))
+    lines = [f"Family: {MODELSCOPE.title}", f"Network files: {', '.join(file.name for file in files)}"]
+    lines += _report_state(read_weights(files), network, "Load ModelScope")
+    return lines + [_report_component(folder, *component) for component in (("text_encoder", ("model", "pytorch_model")), ("vae", ("diffusion_pytorch_model",)))]
+
+
+def _report_component(folder: Path, component: str, stems: tuple[str, ...]) -> str:
+    problems = []
+    for stem in stems:
+        try:
+            state = read_weights(find_weights(folder / component, stem))
+            return f"{component}: {_count(state)}"
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    return f"{component}: {problems[0]}"
+
+
+def _report_file(path: Path) -> list[str]:
+    state = single_file.network_keys(read_weights([path]))
+    if single_file.detect_family(state) is None:
+        return [f"Family: none of this pack's (keys such as {', '.join(sorted(state)[:3])})", _count(state), "To load it: use the node made for this model."]
+    network = build_on_meta(ModelScopeUNet, single_file.unet3d_config(state), str(path))
+    return [f"Family: {MODELSCOPE.title}", *_report_state(state, network, "Load Video Diffusion Model")]
+
+
+def _report_state(state: dict[str, torch.Tensor], network: torch.nn.Module, loader: str) -> list[str]:
+    difference = compare(state, network)
+    lines = [
+        f"Network: {_count(state)}",
+        f"Missing keys: {_keys(difference.missing)}",
+        f"Unexpected keys: {_keys(difference.unexpected)}",
+        f"Misshapen keys: {_keys([f'{key} {found} instead of {expected}' for key, found, expected in difference.misshapen])}",
+    ]
+    advice = f"use {loader}." if not difference else "get the complete published file; the keys above do not fit the configuration."
+    return [*lines, f"To load it: {advice}"]
+
+
+def _count(state: dict[str, torch.Tensor]) -> str:
+    parameters = Counter()
+    for tensor in state.values():
+        parameters[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    total = sum(parameters.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return f"{total:,} parameters ({', '.join(f'{dtype} {count:,}' for dtype, count in parameters.most_common())}), {size / 2**30:.2f} GiB"
+
+
+def _keys(keys: list[str], shown: int = 20) -> str:
+    more = f", and {len(keys) - shown} more" if len(keys) > shown else ""
+    return f"{len(keys)} ({', '.join(keys[:shown])}{more})" if keys else "none"

@@ -1,0 +1,16 @@
+"""What tells ComfyUI's cache that a checkpoint on disk is another one now."""
+
+import hashlib
+from pathlib import Path
+
+
+def of_file(path: Path) -> str:
+    """Changes with the size or the modification time of a file."""
+    stat = path.stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def of_folder(path: Path) -> str:
+    """Changes when any file below a folder (or the file itself) is added, removed or rewritten."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("\n".join(f"{file} {of_file(file)}" for file in files).encode()).hexdigest()

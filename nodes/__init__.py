@@ -1,0 +1,1 @@
+"""The graph: node schemas that call down into loaders and samplers."""

@@ -1,0 +1,137 @@
+"""Nodes that turn checkpoints on disk into MODEL, CLIP and VAE."""
+
+from comfy_api.latest import io, ui
+
+from ..loaders import audit, fingerprint, folders, modelscope, single_file, vae as vaes
+from ..loaders.families import MODELSCOPE
+from ..loaders.network import WEIGHT_DTYPES
+
+CATEGORY = "ConsistentVideo/loaders"
+
+WEIGHT_DTYPE_TOOLTIP = (
+    "Type in which the network's weights are kept. default: what ComfyUI finds best for this device. fp16 and bf16 halve, fp8_e4m3fn quarters the size of fp32."
+)
+
+
+def weight_dtype_input() -> io.Combo.Input:
+    """The widget that every network loader has."""
+    return io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=WEIGHT_DTYPE_TOOLTIP, advanced=True)
+
+
+class ModelScopeLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoModelScopeLoader",
+            display_name="Load ModelScope",
+            category=CATEGORY,
+            description="Loads a ModelScope text-to-video checkpoint folder (also zeroscope, potat1, animov) for native samplers, LoRA loaders and VAE nodes.",
+            search_aliases=["modelscope", "text to video", "t2v", "videofusion", "zeroscope", "potat1", "animov"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=folders.list_checkpoints(MODELSCOPE),
+                    tooltip=f"Folder under models/diffusers with sub-folders unet, vae, text_encoder, tokenizer, scheduler; published as {MODELSCOPE.repository}.",
+                ),
+                weight_dtype_input(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The 3-D UNet; takes 5-D latents (batch, 4, frames, height / 8, width / 8)."),
+                io.Clip.Output(tooltip="The OpenCLIP text encoder of the checkpoint."),
+                io.Vae.Output(tooltip="The image VAE of the checkpoint; decodes and encodes clips frame by frame."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return folders.explain_missing(MODELSCOPE, checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
+        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+
+    @classmethod
+    def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(*modelscope.load_folder(folders.find_checkpoint(checkpoint), weight_dtype))
+
+
+class DiffusionModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoDiffusionModelLoader",
+            display_name="Load Video Diffusion Model",
+            category=CATEGORY,
+            description="Loads the network alone from a single file: diffusers keys or the original ModelScope text2video_pytorch_model.pth layout.",
+            search_aliases=["unet loader", "text2video_pytorch_model", "single file", "modelscope", "t2v"],
+            inputs=[
+                io.Combo.Input("file", options=single_file.list_files(), tooltip="A .safetensors, .pth, .pt, .ckpt or .bin file under models/diffusion_models."),
+                io.Combo.Input(
+                    "family",
+                    options=["auto", *single_file.FAMILIES],
+                    default="auto",
+                    tooltip="The published system that the weights belong to; auto recognises it by its keys.",
+                ),
+                weight_dtype_input(),
+            ],
+            outputs=[io.Model.Output(tooltip="The network, with the published scheduler and latent scale of its family.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, family: str, weight_dtype: str) -> str:
+        return fingerprint.of_file(single_file.find_file(file))
+
+    @classmethod
+    def execute(cls, file: str, family: str, weight_dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(single_file.load_file(single_file.find_file(file), family, weight_dtype))
+
+
+class FrameVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoFrameVAE",
+            display_name="Frame-by-Frame VAE",
+            category=CATEGORY,
+            description="Makes an image VAE (Load VAE) decode and encode clips frame by frame. Needed beside Load Video Diffusion Model; checkpoint loaders of this pack include it.",
+            search_aliases=["vae for video", "decode clip", "decode frames", "image vae"],
+            inputs=[io.Vae.Input("vae", tooltip="An image VAE with 4-D latents, such as the Stable Diffusion 1.x VAE.")],
+            outputs=[io.Vae.Output(tooltip="The same weights; native VAE Decode, VAE Decode (Tiled) and VAE Encode handle clips with it.")],
+        )
+
+    @classmethod
+    def execute(cls, vae) -> io.NodeOutput:
+        return io.NodeOutput(vaes.over_frames(vae))
+
+
+class CheckpointAudit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoCheckpointAudit",
+            display_name="Audit Checkpoint",
+            category=CATEGORY,
+            description="Reports what a checkpoint is: family, parameters, types, missing, unexpected or misshapen keys, and what it would take to load it.",
+            search_aliases=["checkpoint info", "inspect model", "missing keys", "diagnose"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=audit.list_sources(),
+                    tooltip="A folder under models/diffusers, or a file under models/diffusion_models.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str) -> str:
+        return fingerprint.of_folder(audit.find_source(checkpoint))
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        report = audit.report(checkpoint)
+        return io.NodeOutput(report, ui=ui.PreviewText(report))
+
+
+NODES = [ModelScopeLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]

@@ -1,0 +1,1 @@
+"""Noise schedules and samplers: tensor code that needs no server."""

@@ -1,0 +1,211 @@
+"""Samplers that follow the published pipelines step by step, as ComfyUI SAMPLER objects.
+
+ComfyUI's samplers work in variance-exploding space, x = x0 + sigma * noise. The published samplers work in
+variance-preserving space, x = sqrt(a) * x0 + sqrt(1 - a) * noise with a = 1 / (1 + sigma^2), and start from
+unit-variance noise. Here the state is kept in the second space, and only the model sees the first.
+"""
+
+import math
+from collections.abc import Callable
+
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
+import comfy.samplers
+import torch
+
+from . import schedules
+
+# A model without a scheduler configuration: the last step ends at alpha 1, nothing is clipped.
+NO_CONFIG = {"clip_sample": False}
+
+# Relative difference below which two alphas are one noise level: sigmas are float32, and the smallest published betas
+# are forty times larger.
+SAME_LEVEL = 1e-6
+
+
+class ReferenceDDIM(comfy.samplers.Sampler):
+    """DDIM (Song et al. 2020, arXiv 2010.02502) with the checkpoint's own final alpha, clipping and thresholding.
+
+    Over the sigmas of `schedules.reference_sigmas` it agrees with diffusers' DDIMScheduler wherever that steps from one
+    visited timestep to the next: leading spacing always, trailing spacing when the steps divide the training timesteps.
+    (Diffusers steps to t - T // steps, which with linspace spacing is rarely the timestep it visits next.)
+
+    Args:
+        eta: 0 is deterministic, 1 adds as much noise as DDPM.
+
+    Raises:
+        ValueError: eta outside 0..1.
+    """
+
+    def __init__(self, eta: float = 0.0):
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta is {eta}. Choose a value from 0 (deterministic) to 1 (as random as DDPM).")
+        self.eta = eta
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model_wrap: comfy.samplers.CFGGuider,
+        sigmas: torch.Tensor,
+        extra_args: dict,
+        callback: Callable[[int, torch.Tensor, torch.Tensor, int], None] | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """Denoise, as ComfyUI's guiders call it.
+
+        Args:
+            model_wrap: a guider; predicts x0 from a variance-exploding state, and carries the model as `inner_model`.
+            sigmas: (n + 1,), the noise level before each step, then the one to end at.
+            extra_args: keyword arguments of the model; "seed" also seeds the noise of eta.
+            callback: called after each prediction with (step, x0, variance-exploding state, n).
+            noise: (B, C, ...), unit variance, or zero when `latent_image` is already noisy.
+            latent_image: same shape. All zero: start from `noise` alone at unit variance. Otherwise start from it with
+                noise at sigmas[0].
+            denoise_mask: same shape, 1 where to denoise, 0 where to keep `latent_image`.
+            disable_pbar: hide the progress bar.
+
+        Returns:
+            The latent (B, C, ...) when the sigmas end at 0, else the variance-exploding state at the last sigma, from
+            which a run over the remaining sigmas with zero noise continues.
+
+        Raises:
+            ValueError: a model that does not sample in variance-exploding space.
+        """
+        base_model = model_wrap.inner_model
+        _require_exploding(base_model.model_sampling)
+        config = schedules.settings(getattr(base_model, "scheduler_config", NO_CONFIG))
+        levels = sigmas.double().tolist()
+        alphas = _alphas(levels, base_model.model_sampling, config)
+        latent_image = torch.zeros_like(noise) if latent_image is None else latent_image
+        model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        model.latent_image, model.noise = latent_image, noise
+        model_args = {**extra_args, "denoise_mask": denoise_mask}
+        draw = _noise_source(extra_args.get("seed"))
+
+        state = _start(noise, latent_image, levels[0], alphas[0])
+        for step in comfy.k_diffusion.sampling.trange(len(levels) - 1, disable=disable_pbar):
+            exploded = state * math.sqrt(1 + levels[step] ** 2)
+            denoised = model(exploded, sigmas[step] * state.new_ones(state.shape[0]), **model_args)
+            clean, direction = _predictions(
+                denoised, state, exploded, levels[step], alphas[step], base_model.model_sampling
+            )
+            clean = _limit(clean, config)
+            if callback is not None:
+                callback(step, clean, exploded, len(levels) - 1)
+            state = self._step(clean, direction, alphas[step], alphas[step + 1], draw)
+            if levels[step + 1] == 0 and denoise_mask is not None:
+                # The final alpha would leave its trace of noise, and clipping its mark, on what is to be kept.
+                state = torch.where(denoise_mask == 0, denoised, state)
+        return state * math.sqrt(1 + levels[-1] ** 2)
+
+    def _step(
+        self,
+        clean: torch.Tensor,
+        direction: torch.Tensor,
+        alpha: float,
+        next_alpha: float,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """One step from `alpha` to `next_alpha` given x0 and the noise (eq. 12, with fresh noise as of eq. 16)."""
+        variance = 0.0
+        # An inverted schedule, whose noise grows, takes no fresh noise; nor does the step from timestep 0 to its own
+        # alpha, where that is the final one.
+        if next_alpha - alpha > SAME_LEVEL * next_alpha:
+            variance = self.eta**2 * (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
+        state = math.sqrt(next_alpha) * clean + math.sqrt(1 - next_alpha - variance) * direction
+        return state + math.sqrt(variance) * draw(state) if variance > 0 else state
+
+
+ALGORITHMS = {"auto": ReferenceDDIM, "ddim": ReferenceDDIM}
+
+
+def reference_sampler(algorithm: str = "auto", eta: float = 0.0) -> comfy.samplers.Sampler:
+    """The sampler of a published pipeline.
+
+    Args:
+        algorithm: a key of `ALGORITHMS`; "auto" is the one of the model's family.
+        eta: see `ReferenceDDIM`.
+
+    Raises:
+        ValueError: unknown algorithm, or eta outside 0..1.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"Unknown algorithm {algorithm!r}. Choose one of: {', '.join(ALGORITHMS)}.")
+    return ALGORITHMS[algorithm](eta)
+
+
+def _alphas(levels: list[float], model_sampling: torch.nn.Module, config: dict) -> list[float]:
+    """Alpha of every sigma. A last sigma of 0 gets the final alpha, the stand-in for infinity gets 0."""
+    alphas = [0.0 if _is_terminal(level, model_sampling) else 1 / (1 + level**2) for level in levels]
+    if levels[-1] == 0:
+        alphas[-1] = schedules.final_alpha(config)
+    return alphas
+
+
+def _require_exploding(model_sampling: torch.nn.Module) -> None:
+    """Refuse models that do not sample in variance-exploding space, such as flow models."""
+    if not isinstance(model_sampling, comfy.model_sampling.EPS):
+        found = ", ".join(base.__name__ for base in type(model_sampling).__bases__)
+        raise ValueError(
+            f"The reference sampler steps epsilon and v-prediction models; this model samples as {found}. "
+            "Use a native sampler, such as euler, with it."
+        )
+
+
+def _is_terminal(level: float, model_sampling: torch.nn.Module) -> bool:
+    """Whether a sigma stands for zero signal-to-noise: recognised by its value, which no other published table holds.
+
+    An epsilon model has no x0 there and keeps the finite value.
+    """
+    predicts_signal = isinstance(model_sampling, comfy.model_sampling.V_PREDICTION | comfy.model_sampling.X0)
+    return predicts_signal and math.isclose(level, schedules.ZERO_SNR_SIGMA, rel_tol=1e-4)
+
+
+def _start(noise: torch.Tensor, latent_image: torch.Tensor, level: float, alpha: float) -> torch.Tensor:
+    """The first variance-preserving state."""
+    if not latent_image.any() or (alpha == 0 and noise.any()):
+        return noise
+    return (latent_image + level * noise) / math.sqrt(1 + level**2)
+
+
+def _predictions(
+    denoised: torch.Tensor,
+    state: torch.Tensor,
+    exploded: torch.Tensor,
+    level: float,
+    alpha: float,
+    model_sampling: torch.nn.Module,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The x0 and the noise that a prediction sees in the state."""
+    if alpha > 0:
+        return denoised, (exploded - denoised) / level
+    # At alpha 0 the state is all noise. A v-prediction model's x0 is -v, but ComfyUI computed
+    # sqrt(a) * state - sqrt(1 - a) * v with the stand-in's small a.
+    if isinstance(model_sampling, comfy.model_sampling.V_PREDICTION):
+        residue = schedules.ZERO_SNR_ALPHA
+        denoised = (denoised - math.sqrt(residue) * state) / math.sqrt(1 - residue)
+    return denoised, state
+
+
+def _limit(clean: torch.Tensor, config: dict) -> torch.Tensor:
+    """Clip x0, or threshold it per sample (Saharia et al. 2022, arXiv 2205.11487), as the configuration says."""
+    if config["thresholding"]:
+        magnitudes = clean.abs().flatten(1).float()
+        bounds = torch.quantile(magnitudes, config["dynamic_thresholding_ratio"], dim=1)
+        bounds = bounds.clamp(1.0, config["sample_max_value"]).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
+        return clean.clamp(-bounds, bounds) / bounds
+    if config["clip_sample"]:
+        return clean.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+    return clean
+
+
+def _noise_source(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Draws unit noise of a tensor's shape on the CPU, so that a seed means the same on every device.
+
+    The seed is moved by one: with the seed itself the first draw would be ComfyUI's initial noise again.
+    """
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 1)
+    return lambda like: torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)
