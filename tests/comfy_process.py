@@ -26,6 +26,8 @@ def enter() -> None:
     """Make `comfy` importable in CPU mode and the repository importable as the package `consistent_video`; everything computes in fp32."""
     if PACKAGE in sys.modules:
         return
+    # Spinning OpenMP threads stall each other when several processes share few cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != REPOSITORY]
     sys.path.insert(0, str(comfyui_folder()))
     import comfy.cli_args

@@ -17,7 +17,7 @@ MODELSCOPE_NAME = "text-to-video-ms-1.7b"
 TEXT_WIDTH = 64
 MODELSCOPE_UNET = {
     "sample_size": 32,
-    "block_out_channels": (64, 128, 128, 128),
+    "block_out_channels": (64, 64, 128, 128),
     "layers_per_block": 1,
     "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": 64,
