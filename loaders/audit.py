@@ -48,13 +48,19 @@ def report(name: str) -> str:
 def _report_folder(folder: Path) -> list[str]:
     found = folders.network_class(folder)
     if found != MODELSCOPE.network_class:
-        return [f"Family: none of this pack's ({found or 'no readable unet or transformer configuration'})", "To load it: use the node made for this model."]
+        return [
+            f"Family: none of this pack's ({found or 'no readable unet or transformer configuration'})",
+            "To load it: use the node made for this model.",
+        ]
     config_file = folder / MODELSCOPE.component / "config.json"
     files = find_weights(folder / MODELSCOPE.component, "diffusion_pytorch_model")
     network = build_on_meta(ModelScopeUNet, folders.read_config(config_file), str(config_file))
     lines = [f"Family: {MODELSCOPE.title}", f"Network files: {', '.join(file.name for file in files)}"]
     lines += _report_state(read_weights(files), network, "Load ModelScope")
-    return lines + [_report_component(folder, *component) for component in (("text_encoder", ("model", "pytorch_model")), ("vae", ("diffusion_pytorch_model",)))]
+    return lines + [
+        _report_component(folder, *component)
+        for component in (("text_encoder", ("model", "pytorch_model")), ("vae", ("diffusion_pytorch_model",)))
+    ]
 
 
 def _report_component(folder: Path, component: str, stems: tuple[str, ...]) -> str:
@@ -69,9 +75,13 @@ def _report_component(folder: Path, component: str, stems: tuple[str, ...]) -> s
 
 
 def _report_file(path: Path) -> list[str]:
-    state = single_file.network_keys(read_weights([path]))
+    state = single_file.network_keys(read_weights([path]), str(path))
     if single_file.detect_family(state) is None:
-        return [f"Family: none of this pack's (keys such as {', '.join(sorted(state)[:3])})", _count(state), "To load it: use the node made for this model."]
+        return [
+            f"Family: none of this pack's (keys such as {', '.join(sorted(state)[:3])})",
+            _count(state),
+            "To load it: use the node made for this model.",
+        ]
     network = build_on_meta(ModelScopeUNet, single_file.unet3d_config(state), str(path))
     return [f"Family: {MODELSCOPE.title}", *_report_state(state, network, "Load Video Diffusion Model")]
 
@@ -82,9 +92,14 @@ def _report_state(state: dict[str, torch.Tensor], network: torch.nn.Module, load
         f"Network: {_count(state)}",
         f"Missing keys: {_keys(difference.missing)}",
         f"Unexpected keys: {_keys(difference.unexpected)}",
-        f"Misshapen keys: {_keys([f'{key} {found} instead of {expected}' for key, found, expected in difference.misshapen])}",
+        f"Misshapen keys: "
+        f"{_keys([f'{key} {found} instead of {expected}' for key, found, expected in difference.misshapen])}",
     ]
-    advice = f"use {loader}." if not difference else "get the complete published file; the keys above do not fit the configuration."
+    advice = (
+        f"use {loader}."
+        if not difference
+        else "get the complete published file; the keys above do not fit the configuration."
+    )
     return [*lines, f"To load it: {advice}"]
 
 
@@ -92,9 +107,9 @@ def _count(state: dict[str, torch.Tensor]) -> str:
     parameters = Counter()
     for tensor in state.values():
         parameters[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-    total = sum(parameters.values())
+    types = ", ".join(f"{dtype} {count:,}" for dtype, count in parameters.most_common())
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    return f"{total:,} parameters ({', '.join(f'{dtype} {count:,}' for dtype, count in parameters.most_common())}), {size / 2**30:.2f} GiB"
+    return f"{sum(parameters.values()):,} parameters ({types}), {size / 2**30:.2f} GiB"
 
 
 def _keys(keys: list[str], shown: int = 20) -> str:

@@ -19,7 +19,10 @@ def read_config(path: Path) -> dict:
         ValueError: it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Download the complete repository folder again: every component needs its configuration file.")
+        raise FileNotFoundError(
+            f"{path} is missing. Download the complete repository folder again: every component needs its "
+            f"configuration file."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -35,13 +38,15 @@ def read_config_or(path: Path, default: dict) -> dict:
 
 
 def checkpoint_folders() -> dict[str, Path]:
-    """Every folder that looks like a diffusers checkpoint, by its name relative to the `diffusers` folder it lies in."""
+    """Every folder that looks like a diffusers checkpoint, by its name below the `diffusers` folder."""
     found = {}
     for root in folder_paths.get_folder_paths("diffusers"):
         for directory, subdirectories, files in os.walk(root, followlinks=True):
             relative = os.path.relpath(directory, root)
             subdirectories.sort()
-            is_checkpoint = "model_index.json" in files or any(name in subdirectories for name in ("unet", "transformer"))
+            is_checkpoint = "model_index.json" in files or any(
+                name in subdirectories for name in ("unet", "transformer")
+            )
             if is_checkpoint and relative != ".":
                 found.setdefault(relative.replace(os.sep, "/"), Path(directory))
             if is_checkpoint or relative.count(os.sep) + 1 >= MAX_DEPTH:
@@ -67,7 +72,8 @@ def network_class(folder: Path) -> str | None:
 def list_checkpoints(family: Family) -> list[str]:
     """Names of the folders that hold a checkpoint of a family, sorted.
 
-    Folders whose network configuration is missing or unreadable are listed too: loading one tells what is wrong with it.
+    Folders whose network configuration is missing or unreadable are listed too: loading one tells what is wrong with
+        it.
     """
     names = checkpoint_folders().items()
     return sorted(name for name, folder in names if network_class(folder) in (family.network_class, None))
@@ -103,6 +109,7 @@ def check_family(folder: Path, family: Family) -> None:
     found = read_config(config).get("_class_name")
     if found != family.network_class:
         raise ValueError(
-            f"{config} describes a {found or 'network without _class_name'}, but {family.title} needs {family.network_class}. "
+            f"{config} describes a {found or 'network without _class_name'}, but {family.title} needs "
+            f"{family.network_class}. "
             f"Choose a folder of that family (published as {family.repository})."
         )

@@ -1,6 +1,7 @@
 """LoRA names of diffusers' trainers for networks that keep diffusers' key names.
 
-ComfyUI already maps `lora_unet_<key with underscores>` (kohya) and `diffusion_model.<key>` onto any network. Trainers of diffusers write
+ComfyUI already maps `lora_unet_<key with underscores>` (kohya) and `diffusion_model.<key>` onto any network. Trainers
+of diffusers write
 `unet.<key>` and its older spellings instead, which ComfyUI maps for its own Stable Diffusion networks only.
 """
 
@@ -13,7 +14,7 @@ BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "transformer_in.")
 
 
 def diffusers_names(key: str) -> list[str]:
-    """The names that diffusers' and peft's savers have used for a layer `key` of a UNet, such as `mid_block.attentions.0.proj_in`."""
+    """The names under which diffusers and peft have saved a layer `key`, such as `mid_block.attentions.0.proj_in`."""
     parent, _, layer = key.removesuffix(".0").rpartition(".")
     names = [key, f"{parent}.processor.{layer}"] if layer.startswith("to_") else [key]
     return [prefix + name for name in names for prefix in ("unet.", "", "base_model.model.", "unet.base_model.model.")]
@@ -39,7 +40,9 @@ class DiffusersLoRAAdapter(LoRAAdapter):
             return None
         loaded_keys = set() if loaded_keys is None else loaded_keys
         for name in diffusers_names(key):
-            adapter = super().load(name, lora, _scalar(lora, f"{name}.alpha", loaded_keys, alpha), dora_scale, loaded_keys)
+            adapter = super().load(
+                name, lora, _scalar(lora, f"{name}.alpha", loaded_keys, alpha), dora_scale, loaded_keys
+            )
             if adapter is not None:
                 return adapter
         return None

@@ -55,12 +55,16 @@ def load_folder(folder: Path, weight_dtype: str) -> tuple[comfy.model_patcher.Mo
     return model, clip, vae
 
 
-def load_folder_network(folder: Path, weight_dtype: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_folder_network(
+    folder: Path, weight_dtype: str, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """The folder's network alone."""
     check_family(folder, MODELSCOPE)
     config_file = folder / "unet" / "config.json"
     network = build_on_meta(ModelScopeUNet, read_config(config_file), str(config_file))
-    state = read_weights(find_weights(folder / "unet", "diffusion_pytorch_model", WEIGHT_DTYPES[weight_dtype] in HALF_TYPES))
+    state = read_weights(
+        find_weights(folder / "unet", "diffusion_pytorch_model", WEIGHT_DTYPES[weight_dtype] in HALF_TYPES)
+    )
     scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", PUBLISHED_SCHEDULER)
     latent_format = FrameLatentFormat(scaling_factor(folder))
     patcher = assemble(network, state, weight_dtype, scheduler, latent_format, str(folder / "unet"), disable_dynamic)
@@ -80,13 +84,22 @@ def assemble(
     """Weights + network + schedule -> MODEL.
 
     Raises:
-        ValueError: the weights do not fit the network (`source` names them), or the schedule is not one this family can use.
+        ValueError: the weights do not fit the network (`source` names them), or the schedule is not one this family
+            can use.
     """
     dtype, manual_cast_dtype = choose_dtypes(state, weight_dtype, SUPPORTED_DTYPES)
-    sampling = {"timesteps": scheduler.get("num_train_timesteps", 1000), "zsnr": scheduler.get("rescale_betas_zero_snr", False)}
+    sampling = {
+        "timesteps": scheduler.get("num_train_timesteps", 1000),
+        "zsnr": scheduler.get("rescale_betas_zero_snr", False),
+    }
     config = VideoModelConfig(dtype, manual_cast_dtype, latent_format, network.config.block_out_channels[0], sampling)
     sigmas = schedules.table_sigmas(scheduler)
-    model = ModelScopeModel(config, scheduler, sigmas, lambda operations: load_network(network, state, dtype, operations, REPLACEMENTS, source))
+    model = ModelScopeModel(
+        config,
+        scheduler,
+        sigmas,
+        lambda operations: load_network(network, state, dtype, operations, REPLACEMENTS, source),
+    )
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     load_device = comfy.model_management.get_torch_device()
     patcher = patcher_class(model, load_device=load_device, offload_device=comfy.model_management.unet_offload_device())

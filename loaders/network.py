@@ -36,10 +36,15 @@ class Difference:
         parts = []
         for label, keys in (("missing", self.missing), ("unexpected", self.unexpected)):
             if keys:
-                parts.append(f"{len(keys)} {label} keys ({', '.join(keys[:examples])}{', ...' if len(keys) > examples else ''})")
+                parts.append(
+                    f"{len(keys)} {label} keys ({', '.join(keys[:examples])}{', ...' if len(keys) > examples else ''})"
+                )
         if self.misshapen:
             shapes = [f"{key} is {found}, expected {expected}" for key, found, expected in self.misshapen[:examples]]
-            parts.append(f"{len(self.misshapen)} tensors of another shape ({'; '.join(shapes)}{'; ...' if len(self.misshapen) > examples else ''})")
+            parts.append(
+                f"{len(self.misshapen)} tensors of another shape "
+                f"({'; '.join(shapes)}{'; ...' if len(self.misshapen) > examples else ''})"
+            )
         return "; ".join(parts)
 
 
@@ -77,10 +82,19 @@ def build_on_meta(network_class: type, config: dict, source: str) -> torch.nn.Mo
         with torch.device("meta"):
             return network_class(**settings)
     except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{source} does not describe a working network: {error}. Restore the published configuration.") from error
+        raise ValueError(
+            f"{source} does not describe a working network: {error}. Restore the published configuration."
+        ) from error
 
 
-def load_network(network: torch.nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype, operations: type, replacements: dict, source: str):
+def load_network(
+    network: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    operations: type,
+    replacements: dict,
+    source: str,
+):
     """Give a network built on the meta device its weights and ComfyUI's layers; returns it.
 
     Tensors already of type `dtype` are used where they are (memory-mapped), others are converted one by one.
@@ -103,7 +117,9 @@ def _storage_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if small else dtype
 
 
-def choose_dtypes(state: dict[str, torch.Tensor], weight_dtype: str, supported: list[torch.dtype]) -> tuple[torch.dtype, torch.dtype | None]:
+def choose_dtypes(
+    state: dict[str, torch.Tensor], weight_dtype: str, supported: list[torch.dtype]
+) -> tuple[torch.dtype, torch.dtype | None]:
     """Types of storage and of computation (None: the same) for these weights on the current device, by ComfyUI's rules.
 
     Args:
@@ -113,5 +129,7 @@ def choose_dtypes(state: dict[str, torch.Tensor], weight_dtype: str, supported: 
     dtype = WEIGHT_DTYPES[weight_dtype]
     if dtype is None:
         parameters = comfy.utils.calculate_parameters(state)
-        dtype = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(state))
+        dtype = comfy.model_management.unet_dtype(
+            model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(state)
+        )
     return dtype, comfy.model_management.unet_manual_cast(dtype, comfy.model_management.get_torch_device(), supported)

@@ -1,8 +1,8 @@
 """The original ModelScope text-to-video checkpoint (`text2video_pytorch_model.pth`) under diffusers' key names.
 
-Source of the layout: `UNetSD` in modelscope/modelscope, modelscope/models/multi_modal/video_synthesis/unet_sd.py. A numbered block there is
-one layer of one resolution level: its member 0 is the residual block (with the temporal convolution inside), 1 the spatial and 2 the
-temporal transformer. Transformers have the same key names in both layouts.
+Source of the layout: `UNetSD` in modelscope/modelscope, modelscope/models/multi_modal/video_synthesis/unet_sd.py.
+A numbered block there is one layer of one resolution level: its member 0 is the residual block (with the temporal
+convolution inside), 1 the spatial and 2 the temporal transformer. Transformers have the same key names in both layouts.
 """
 
 from collections.abc import Iterable, Mapping
@@ -48,8 +48,9 @@ def is_original_modelscope(keys: Iterable[str]) -> bool:
 def convert(state: Mapping[str, torch.Tensor], source: str = "The state dict") -> dict[str, torch.Tensor]:
     """Rename an original state dict to the keys of `diffusers.UNet3DConditionModel`; depth and widths are read from it.
 
-    The tensors stay the same memory in the same type. Projections stored as convolutions of kernel 1, (out, in, 1) or (out, in, 1, 1),
-    become views (out, in). Of missing keys only those that tell the widths are noticed here; loading the result finds the others.
+    The tensors stay the same memory in the same type. Projections stored as convolutions of kernel 1, (out, in, 1) or
+    (out, in, 1, 1), become views (out, in). Of missing keys only those that tell the widths are noticed here; loading
+    the result finds the others.
 
     Args:
         state: as published; a prefix that all keys share is taken off.
@@ -70,9 +71,11 @@ def convert(state: Mapping[str, torch.Tensor], source: str = "The state dict") -
     unknown = sorted(key for key in state if not key.startswith(prefix) or key[len(prefix) :] not in names)
     if unknown:
         raise ValueError(
-            f"{source} has {len(unknown)} keys that have no place in the ModelScope text-to-video network: "
-            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. It is of a related network or holds more than one; "
-            "choose a file of the text-to-video UNet alone."
+            f"{source} has keys without a place in the ModelScope text-to-video network ({len(unknown)} of "
+            f"{len(state)}): "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. It is of a related network or holds "
+            f"more than "
+            "one; choose a file of the text-to-video UNet alone."
         )
     return {names[key]: _as_linear(names[key], value) for key, value in bare.items()}
 

@@ -32,7 +32,9 @@ def find_file(name: str) -> Path:
     """
     path = folder_paths.get_full_path("diffusion_models", name)
     if path is None:
-        raise FileNotFoundError(f"{name} was not found in {', '.join(folder_paths.get_folder_paths('diffusion_models'))}.")
+        raise FileNotFoundError(
+            f"{name} was not found in {', '.join(folder_paths.get_folder_paths('diffusion_models'))}."
+        )
     return Path(path)
 
 
@@ -45,10 +47,11 @@ def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
-def network_keys(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The network's state dict under diffusers' key names, from any layout this pack reads."""
-    state = strip_prefix(state)
-    return original_modelscope.convert(state) if original_modelscope.is_original_modelscope(state) else state
+def network_keys(state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The network's state dict under diffusers' key names, from any layout this pack reads; `source` names it in errors."""
+    if original_modelscope.is_original_modelscope(state):
+        return original_modelscope.convert(state, source)
+    return strip_prefix(state)
 
 
 def detect_family(state: Mapping[str, torch.Tensor]) -> Family | None:
@@ -64,11 +67,20 @@ def unet3d_config(state: Mapping[str, torch.Tensor]) -> dict:
     """
     down = _count(state, "down_blocks.{}.resnets.0.conv1.weight")
     attention = [f"down_blocks.{level}.attentions.0.proj_in.weight" in state for level in range(down)]
-    text = next((value for key, value in state.items() if key.endswith("attn2.to_k.weight") and ".attentions." in key and "temp_" not in key), None)
+    text = next(
+        (
+            value
+            for key, value in state.items()
+            if key.endswith("attn2.to_k.weight") and ".attentions." in key and "temp_" not in key
+        ),
+        None,
+    )
     return {
         "in_channels": _size(state, "conv_in.weight", 1, 4),
         "out_channels": _size(state, "conv_out.weight", 0, 4),
-        "block_out_channels": [_size(state, f"down_blocks.{level}.resnets.0.conv1.weight", 0, 0) for level in range(down)],
+        "block_out_channels": [
+            _size(state, f"down_blocks.{level}.resnets.0.conv1.weight", 0, 0) for level in range(down)
+        ],
         "layers_per_block": _count(state, "down_blocks.0.resnets.{}.conv1.weight"),
         "cross_attention_dim": 1024 if text is None else text.shape[1],
         "down_block_types": ["CrossAttnDownBlock3D" if has else "DownBlock3D" for has in attention],
@@ -88,7 +100,9 @@ def _size(state: Mapping[str, torch.Tensor], key: str, axis: int, default: int) 
     return state[key].shape[axis] if key in state else default
 
 
-def load_file(path: Path, family_name: str, weight_dtype: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+def load_file(
+    path: Path, family_name: str, weight_dtype: str, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """Load a network from one file.
 
     Args:
@@ -99,10 +113,12 @@ def load_file(path: Path, family_name: str, weight_dtype: str, disable_dynamic: 
     Raises:
         ValueError: the file is damaged, of another family, or has missing, unexpected or misshapen keys.
     """
-    state = network_keys(read_weights([path]))
+    state = network_keys(read_weights([path]), str(path))
     check_family(path, state, family_name)
     network = build_on_meta(ModelScopeUNet, unet3d_config(state), str(path))
-    patcher = assemble(network, state, weight_dtype, PUBLISHED_SCHEDULER, FrameLatentFormat(), str(path), disable_dynamic)
+    patcher = assemble(
+        network, state, weight_dtype, PUBLISHED_SCHEDULER, FrameLatentFormat(), str(path), disable_dynamic
+    )
     patcher.cached_patcher_init = (load_file, (path, family_name, weight_dtype))
     return patcher
 
@@ -111,6 +127,13 @@ def check_family(path: Path, state: Mapping[str, torch.Tensor], family_name: str
     """Raise ValueError unless the state dict is of the named family (any known one for "auto")."""
     detected = detect_family(state)
     if detected is None or family_name not in ("auto", detected.name):
-        expected = " or ".join(family.title for family in FAMILIES.values()) if family_name == "auto" else FAMILIES[family_name].title
+        expected = (
+            " or ".join(family.title for family in FAMILIES.values())
+            if family_name == "auto"
+            else FAMILIES[family_name].title
+        )
         found = detected.title if detected else f"keys such as {', '.join(sorted(state)[:3])}"
-        raise ValueError(f"{path} is not a network of {expected}: found {found}. Choose another file, or load it with the node made for it.")
+        raise ValueError(
+            f"{path} is not a network of {expected}: found {found}. Choose another file, or load it with the node "
+            f"made for it."
+        )

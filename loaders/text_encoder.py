@@ -25,12 +25,15 @@ class _Target:
         self.params = {}
 
 
-def load_text_encoder(folder: Path, layer: str = "last", prefer_half: bool = False, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_text_encoder(
+    folder: Path, layer: str = "last", prefer_half: bool = False, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
     """Load `<folder>/text_encoder` and `<folder>/tokenizer`.
 
     Args:
         folder: the checkpoint folder.
-        layer: "last" for the final hidden state, "penultimate" for the one before it; the final layer norm follows both.
+        layer: "last" for the final hidden state, "penultimate" for the one before it; the final layer norm follows
+            both.
         prefer_half: take the `.fp16` variant when both precisions are present.
         disable_dynamic: as of `comfy.sd.CLIP`.
 
@@ -66,18 +69,27 @@ def _text_config(path: Path) -> dict:
     config = {**DEFAULTS, **read_config(path)}
     missing = [key for key in REQUIRED if key not in config]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}. Expected the configuration of a CLIP text model; restore the published file.")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}. Expected the configuration of a CLIP text model; restore the "
+            f"published file."
+        )
     return config
 
 
 def _pad_token(tokenizer: Path) -> int | None:
     """Id of the padding token named by the tokenizer's configuration, None when it pads with the end token."""
-    config = {**read_config_or(tokenizer / "special_tokens_map.json", {}), **read_config_or(tokenizer / "tokenizer_config.json", {})}
+    config = {
+        **read_config_or(tokenizer / "special_tokens_map.json", {}),
+        **read_config_or(tokenizer / "tokenizer_config.json", {}),
+    }
     token = config.get("pad_token", "<|endoftext|>")
     token = token["content"] if isinstance(token, dict) else token
     vocabulary = read_config_or(tokenizer / "vocab.json", {"!": 0})
     if token not in vocabulary and token != "<|endoftext|>":
-        raise ValueError(f"{tokenizer / 'tokenizer_config.json'} names the padding token {token!r}, which vocab.json does not hold. Restore both published files.")
+        raise ValueError(
+            f"{tokenizer / 'tokenizer_config.json'} names the padding token {token!r}, which vocab.json does not "
+            f"hold. Restore both published files."
+        )
     return None if token == "<|endoftext|>" else vocabulary[token]
 
 
@@ -92,7 +104,10 @@ def _check_keys(files: list[Path], state: dict[str, torch.Tensor], clip: comfy.s
     state = {"text_projection.weight": transformer.text_projection.weight, **state}
     difference = compare(state, transformer)
     if difference:
-        raise ValueError(f"{', '.join(map(str, files))} does not fit text_encoder/config.json: {difference.summary()}. Restore the published files.")
+        raise ValueError(
+            f"{', '.join(map(str, files))} does not fit text_encoder/config.json: {difference.summary()}. Restore "
+            f"the published files."
+        )
 
 
 def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
@@ -115,7 +130,9 @@ def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
 
     class TextEncoder(comfy.sd1_clip.SD1ClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
-            super().__init__(device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=TextModel)
+            super().__init__(
+                device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=TextModel
+            )
 
     return TextEncoder
 
@@ -138,6 +155,11 @@ def _tokenizer_class(tokenizer: Path, config: dict, pad_token: int | None) -> ty
 
     class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
-            super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, clip_name="h", tokenizer=Tokenizer)
+            super().__init__(
+                embedding_directory=embedding_directory,
+                tokenizer_data=tokenizer_data,
+                clip_name="h",
+                tokenizer=Tokenizer,
+            )
 
     return ClipTokenizer

@@ -19,7 +19,8 @@ LATENT_CHANNELS = 4
 class FrameVAE(comfy.sd.VAE):
     """`comfy.sd.VAE` over frames. Frames join the batch, which ComfyUI's own loop splits by free memory.
 
-    Latents (B, C, F, h, w) <-> images (B, F, H, W, 3) in 0..1; 4-D latents and image batches are treated as ComfyUI's VAE treats them,
+    Latents (B, C, F, h, w) <-> images (B, F, H, W, 3) in 0..1; 4-D latents and image batches are treated as ComfyUI's
+    VAE treats them,
     except that an encoded image batch (F, H, W, 3) is one clip (1, C, F, h, w).
     """
 
@@ -64,7 +65,10 @@ def over_frames(vae: comfy.sd.VAE) -> FrameVAE:
         ValueError: the VAE is no image VAE.
     """
     if vae.latent_dim != 2:
-        raise ValueError(f"This VAE has {vae.latent_dim}-D latents of its own and handles clips already. Connect it directly, or connect an image VAE.")
+        raise ValueError(
+            f"This VAE has {vae.latent_dim}-D latents of its own and handles clips already. Connect it directly, or "
+            f"connect an image VAE."
+        )
     frame_vae = FrameVAE.__new__(FrameVAE)
     frame_vae.__dict__.update(vae.__dict__)
     return frame_vae
@@ -83,7 +87,10 @@ def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
     with torch.device("meta"):
         difference = compare(state, comfy.ldm.models.autoencoder.AutoencoderKL(**settings))
     if difference:
-        raise ValueError(f"{', '.join(map(str, files))} does not fit {config_file}: {difference.summary()}. Restore the published files.")
+        raise ValueError(
+            f"{', '.join(map(str, files))} does not fit {config_file}: {difference.summary()}. Restore the "
+            f"published files."
+        )
     return FrameVAE(sd=state, config={"params": settings})
 
 
@@ -98,8 +105,10 @@ def _autoencoder_settings(config: dict, path: Path) -> dict:
     latent_channels = config.get("latent_channels", 4)
     if len(channels) != LEVELS or latent_channels != LATENT_CHANNELS or any(width % channels[0] for width in channels):
         raise ValueError(
-            f"{path} describes an autoencoder with block_out_channels {list(channels)} and {latent_channels} latent channels; expected {LEVELS} levels, "
-            f"each a multiple of the first, and {LATENT_CHANNELS} latent channels. Use the VAE published with the checkpoint."
+            f"{path} describes an autoencoder with block_out_channels {list(channels)} and {latent_channels} latent "
+            f"channels; expected {LEVELS} levels, "
+            f"each a multiple of the first, and {LATENT_CHANNELS} latent channels. Use the VAE published with the "
+            f"checkpoint."
         )
     return {
         "double_z": True,

@@ -1,6 +1,7 @@
 """Weight files -> state dicts: finding the right variant, reading shards, refusing what is damaged.
 
-Everything goes through `comfy.utils.load_torch_file`: safetensors are memory-mapped, pickled files are restricted to tensors.
+Everything goes through `comfy.utils.load_torch_file`: safetensors are memory-mapped, pickled files are restricted to
+tensors.
 """
 
 import pickle
@@ -37,13 +38,22 @@ def find_weights(folder: Path, stem: str, prefer_half: bool = False) -> list[Pat
             if index is not None:
                 return _shards(index)
     expected = ", ".join(f"{stem}{suffix}" for suffix in (*SUFFIXES, ".fp16.safetensors", ".safetensors.index.json"))
-    present = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "the folder does not exist"
-    raise FileNotFoundError(f"No weights in {folder}: expected one of {expected}; found: {present or 'nothing'}. Download the missing files.")
+    present = (
+        ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "the folder does not exist"
+    )
+    raise FileNotFoundError(
+        f"No weights in {folder}: expected one of {expected}; found: {present or 'nothing'}. Download the missing "
+        f"files."
+    )
 
 
 def _index_file(folder: Path, stem: str, variant: str, suffix: str) -> Path | None:
-    """The index of a sharded component; the variant is written before or after `.index`, depending on the library's version."""
-    names = (f"{stem}{suffix}.index.json",) if not variant else (f"{stem}{suffix}.index.{variant}.json", f"{stem}.{variant}{suffix}.index.json")
+    """The index of a sharded component; library versions put the variant before or after `.index`."""
+    names = (
+        (f"{stem}{suffix}.index.json",)
+        if not variant
+        else (f"{stem}{suffix}.index.{variant}.json", f"{stem}.{variant}{suffix}.index.json")
+    )
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
@@ -53,7 +63,9 @@ def _shards(index: Path) -> list[Path]:
         raise ValueError(f"{index} has no usable 'weight_map' of shard files. Download the index again.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{index} names shards that are missing: {', '.join(missing)}. Download them into the same folder.")
+        raise FileNotFoundError(
+            f"{index} names shards that are missing: {', '.join(missing)}. Download them into the same folder."
+        )
     return [index.parent / name for name in names]
 
 
@@ -81,7 +93,10 @@ def _read_file(path: Path) -> dict:
         ) from error
     except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         size = path.stat().st_size
-        raise ValueError(f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one and download it again.") from error
+        raise ValueError(
+            f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one "
+            f"and download it again."
+        ) from error
 
 
 def _check_tensors(path: Path, state: dict) -> None:
@@ -91,7 +106,10 @@ def _check_tensors(path: Path, state: dict) -> None:
         raise ValueError(f"{path} should hold named tensors only, found {found}. Choose a file of weights.")
     broken = [key for key, value in state.items() if not _is_finite(value)]
     if broken:
-        raise ValueError(f"{path} has NaN or infinite values in {len(broken)} tensors ({', '.join(broken[:3])}). The file is damaged; download it again.")
+        raise ValueError(
+            f"{path} has NaN or infinite values in {len(broken)} tensors ({', '.join(broken[:3])}). The file is "
+            f"damaged; download it again."
+        )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Make a network of another library a citizen of ComfyUI's memory management.
 
-`comfy.ops` layers subclass torch's and add class attributes only, so a built network is adopted by changing the class of its layers:
+`comfy.ops` layers subclass torch's and add class attributes only, so a built network is adopted by changing the class
+of its layers:
 weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA patches.
 """
 

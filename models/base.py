@@ -1,4 +1,4 @@
-"""How ComfyUI calls the networks of this pack: model configuration, sampling space, conditioning and memory estimate."""
+"""How ComfyUI calls the networks of this pack: model configuration and sampling space."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,11 @@ class VideoModelConfig(comfy.supported_models_base.BASE):
         model_channels: int,
         sampling_settings: dict,
     ):
-        self.unet_config = {"dtype": dtype, "model_channels": model_channels, "in_channels": latent_format.latent_channels}
+        self.unet_config = {
+            "dtype": dtype,
+            "model_channels": model_channels,
+            "in_channels": latent_format.latent_channels,
+        }
         self.manual_cast_dtype = manual_cast_dtype
         self.latent_format = latent_format
         self.sampling_settings = sampling_settings
@@ -48,7 +52,8 @@ class VideoModel(comfy.model_base.BaseModel):
 
     Args:
         model_config: see `VideoModelConfig`.
-        scheduler_config: the checkpoint's diffusers scheduler configuration; kept for the reference schedule and sampler.
+        scheduler_config: the checkpoint's diffusers scheduler configuration; kept for the reference schedule and
+            sampler.
         sigmas: (T,), sigma of each training timestep of that scheduler.
         network: builds the network from a `comfy.ops` namespace.
     """

@@ -7,13 +7,15 @@ import torch
 
 
 def frame_grid(clips: torch.Tensor) -> torch.Tensor:
-    """Lay the frames of the first clip out as one picture: (B, C, F, h, w) -> (1, C, rows * h, columns * w), near square, row by row."""
+    """Lay the frames of the first clip out in rows: (B, C, F, h, w) -> (1, C, rows * h, columns * w), near square."""
     _, channels, frames, height, width = clips.shape
     columns = math.ceil(math.sqrt(frames))
     rows = math.ceil(frames / columns)
     grid = clips.new_zeros(channels, rows * columns, height, width)
     grid[:, :frames] = clips[0]
-    return grid.unflatten(1, (rows, columns)).permute(0, 1, 3, 2, 4).reshape(1, channels, rows * height, columns * width)
+    return (
+        grid.unflatten(1, (rows, columns)).permute(0, 1, 3, 2, 4).reshape(1, channels, rows * height, columns * width)
+    )
 
 
 class FrameLatentFormat(comfy.latent_formats.LatentFormat):

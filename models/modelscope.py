@@ -7,7 +7,8 @@ import comfy.model_management
 
 from .base import VideoModel
 
-# Activations alive at the peak of one call, in elements, measured at the published width of 320 channels (tests measure them again):
+# Activations alive at the peak of one call, in elements, measured at the published width of 320 channels (tests
+# measure them again):
 # all of it grows with the latent until the feed-forward layers reach their chunk size, then only the first part does.
 ELEMENTS_PER_POSITION = 6500
 CHUNKED_ELEMENTS_PER_POSITION = 3400
@@ -19,7 +20,10 @@ class ModelScopeModel(VideoModel):
     """`ModelScopeUNet` with the text's keys and values projected once per sampling run."""
 
     def extra_conds(self, **kwargs) -> dict:
-        """Conditioning of one prompt. Prompts with hooks (scheduled LoRAs) change the weights during the run and are projected at every call."""
+        """Conditioning of one prompt.
+
+        Hooks (scheduled LoRAs) change the weights during a run: prompts that carry some are projected at every call.
+        """
         conds = super().extra_conds(**kwargs)
         text = kwargs.get("cross_attn")
         if text is not None and kwargs.get("hooks") is None:

@@ -13,7 +13,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-# Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 1024 rows stays near the caches; on other devices chunks only bound memory.
+# Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 1024 rows stays near the caches; on other devices
+# chunks only bound memory.
 CPU_ROWS = 1024
 DEVICE_ROWS = 65536
 
@@ -24,7 +25,9 @@ class OptimizedAttention(Attention):
     def forward(self, hidden: torch.Tensor, keys_values: tuple | None = None, transformer_options: dict | None = None):
         """Attend `hidden` (N, L, C) to itself, or to projected `keys_values`, two tensors (N, S, heads * dim)."""
         keys, values = (self.to_k(hidden), self.to_v(hidden)) if keys_values is None else keys_values
-        attended = optimized_attention(self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {})
+        attended = optimized_attention(
+            self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {}
+        )
         return self.to_out[0](attended)
 
     def project(self, context: torch.Tensor) -> torch.Tensor:
@@ -33,7 +36,7 @@ class OptimizedAttention(Attention):
 
 
 class ChunkedFeedForward(FeedForward):
-    """GEGLU feed-forward that holds the wide hidden layer of a bounded number of rows at a time; weights are fetched once."""
+    """GEGLU feed-forward with the wide hidden layer of a bounded number of rows at a time; weights are fetched once."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         limit = CPU_ROWS if comfy.model_management.is_device_cpu(hidden.device) else DEVICE_ROWS
@@ -45,7 +48,9 @@ class ChunkedFeedForward(FeedForward):
         narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)
         out = torch.empty_like(rows)
         for start in range(0, rows.shape[0], limit):
-            value, gate = torch.nn.functional.linear(rows[start : start + limit], wide_weight, wide_bias).chunk(2, dim=-1)
+            value, gate = torch.nn.functional.linear(rows[start : start + limit], wide_weight, wide_bias).chunk(
+                2, dim=-1
+            )
             value = value * torch.nn.functional.gelu(gate)
             out[start : start + limit] = torch.nn.functional.linear(value, narrow_weight, narrow_bias)
         comfy.ops.uncast_bias_weight(wide, wide_weight, wide_bias, wide_stream)
@@ -56,7 +61,9 @@ class ChunkedFeedForward(FeedForward):
 class SpatialTransformer(Transformer2DModel):
     """Self-attention within each frame, cross-attention to the text shared by all frames of a clip."""
 
-    def forward(self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None
+    ) -> torch.Tensor:
         """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer."""
         frames, channels, height, width = hidden.shape
         clips = keys_values.shape[0]

@@ -1,7 +1,9 @@
 """diffusers' 3-D UNets as ComfyUI diffusion models.
 
-The classes keep the published parameters and key names; `forward` has ComfyUI's signature and runs the block lists itself, so that the text's
-keys and values are projected once per run, frames stay folded into the batch, and ComfyUI's block patches (FreeU and its like) apply.
+The classes keep the published parameters and key names; `forward` has ComfyUI's signature and runs the block lists
+itself, so that the text's
+keys and values are projected once per run, frames stay folded into the batch, and ComfyUI's block patches (FreeU and
+its like) apply.
 """
 
 import comfy.patcher_extension
@@ -26,15 +28,17 @@ REPLACEMENTS = {
 
 
 class BlockRunner:
-    """Runs the down, mid and up blocks of a 3-D UNet over frames folded into the batch (mixed into the network's class)."""
+    """Runs the blocks of a 3-D UNet over frames folded into the batch; mixed into the network's class."""
 
     def project_text(self, context: torch.Tensor) -> torch.Tensor:
-        """Keys and values of every cross-attention for a text (B, S, D), side by side on the last axis, in the order of execution."""
+        """Keys and values of every cross-attention for a text (B, S, D), side by side, in the order of execution."""
         return torch.cat([attention.project(context) for attention in self._text_attentions()], dim=-1)
 
     def _text_attentions(self) -> list[OptimizedAttention]:
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        transformers = [transformer for block in blocks if hasattr(block, "attentions") for transformer in block.attentions]
+        transformers = [
+            transformer for block in blocks if hasattr(block, "attentions") for transformer in block.attentions
+        ]
         return [transformer.transformer_blocks[0].attn2 for transformer in transformers]
 
     def run_blocks(
@@ -85,7 +89,12 @@ class BlockRunner:
 def _block_layers(block: torch.nn.Module) -> zip:
     """(resnet, temporal convolution, spatial transformer or None, temporal transformer or None) of each layer."""
     nothing = (None,) * len(block.resnets)
-    return zip(block.resnets, block.temp_convs, getattr(block, "attentions", nothing), getattr(block, "temp_attentions", nothing))
+    return zip(
+        block.resnets,
+        block.temp_convs,
+        getattr(block, "attentions", nothing),
+        getattr(block, "temp_attentions", nothing),
+    )
 
 
 class _Layers:
@@ -142,7 +151,9 @@ class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timesteps, context, control, options, **kwargs)
 
-    def _forward(self, x, timesteps, context, control, transformer_options, text_keys_values=None, **kwargs) -> torch.Tensor:
+    def _forward(
+        self, x, timesteps, context, control, transformer_options, text_keys_values=None, **kwargs
+    ) -> torch.Tensor:
         num_frames = x.shape[2]
         if text_keys_values is None:
             text_keys_values = self.project_text(context)

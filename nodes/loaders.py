@@ -2,20 +2,24 @@
 
 from comfy_api.latest import io, ui
 
-from ..loaders import audit, fingerprint, folders, modelscope, single_file, vae as vaes
+from ..loaders import audit, fingerprint, folders, modelscope, single_file
+from ..loaders import vae as vaes
 from ..loaders.families import MODELSCOPE
 from ..loaders.network import WEIGHT_DTYPES
 
 CATEGORY = "ConsistentVideo/loaders"
 
 WEIGHT_DTYPE_TOOLTIP = (
-    "Type in which the network's weights are kept. default: what ComfyUI finds best for this device. fp16 and bf16 halve, fp8_e4m3fn quarters the size of fp32."
+    "Type in which the network's weights are kept. default: what ComfyUI finds best for this device. "
+    "fp16 and bf16 halve, fp8_e4m3fn quarters the size of fp32."
 )
 
 
 def weight_dtype_input() -> io.Combo.Input:
     """The widget that every network loader has."""
-    return io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=WEIGHT_DTYPE_TOOLTIP, advanced=True)
+    return io.Combo.Input(
+        "weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=WEIGHT_DTYPE_TOOLTIP, advanced=True
+    )
 
 
 class ModelScopeLoader(io.ComfyNode):
@@ -25,13 +29,15 @@ class ModelScopeLoader(io.ComfyNode):
             node_id="ConsistentVideoModelScopeLoader",
             display_name="Load ModelScope",
             category=CATEGORY,
-            description="Loads a ModelScope text-to-video checkpoint folder (also zeroscope, potat1, animov) for native samplers, LoRA loaders and VAE nodes.",
+            description="Loads a ModelScope text-to-video checkpoint folder (also zeroscope, potat1, animov) for "
+            "native samplers, LoRA loaders and VAE nodes.",
             search_aliases=["modelscope", "text to video", "t2v", "videofusion", "zeroscope", "potat1", "animov"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=folders.list_checkpoints(MODELSCOPE),
-                    tooltip=f"Folder under models/diffusers with sub-folders unet, vae, text_encoder, tokenizer, scheduler; published as {MODELSCOPE.repository}.",
+                    tooltip=f"Folder under models/diffusers with sub-folders unet, vae, text_encoder, tokenizer, "
+                    f"scheduler; published as {MODELSCOPE.repository}.",
                 ),
                 weight_dtype_input(),
             ],
@@ -62,10 +68,15 @@ class DiffusionModelLoader(io.ComfyNode):
             node_id="ConsistentVideoDiffusionModelLoader",
             display_name="Load Video Diffusion Model",
             category=CATEGORY,
-            description="Loads the network alone from a single file: diffusers keys or the original ModelScope text2video_pytorch_model.pth layout.",
+            description="Loads the network alone from a single file: diffusers keys or the original ModelScope "
+            "text2video_pytorch_model.pth layout.",
             search_aliases=["unet loader", "text2video_pytorch_model", "single file", "modelscope", "t2v"],
             inputs=[
-                io.Combo.Input("file", options=single_file.list_files(), tooltip="A .safetensors, .pth, .pt, .ckpt or .bin file under models/diffusion_models."),
+                io.Combo.Input(
+                    "file",
+                    options=single_file.list_files(),
+                    tooltip="A .safetensors, .pth, .pt, .ckpt or .bin file under models/diffusion_models.",
+                ),
                 io.Combo.Input(
                     "family",
                     options=["auto", *single_file.FAMILIES],
@@ -74,7 +85,9 @@ class DiffusionModelLoader(io.ComfyNode):
                 ),
                 weight_dtype_input(),
             ],
-            outputs=[io.Model.Output(tooltip="The network, with the published scheduler and latent scale of its family.")],
+            outputs=[
+                io.Model.Output(tooltip="The network, with the published scheduler and latent scale of its family.")
+            ],
         )
 
     @classmethod
@@ -93,10 +106,18 @@ class FrameVAE(io.ComfyNode):
             node_id="ConsistentVideoFrameVAE",
             display_name="Frame-by-Frame VAE",
             category=CATEGORY,
-            description="Makes an image VAE (Load VAE) decode and encode clips frame by frame. Needed beside Load Video Diffusion Model; checkpoint loaders of this pack include it.",
+            description="Makes an image VAE (Load VAE) decode and encode clips frame by frame. Needed beside Load "
+            "Video Diffusion Model; checkpoint loaders of this pack include it.",
             search_aliases=["vae for video", "decode clip", "decode frames", "image vae"],
-            inputs=[io.Vae.Input("vae", tooltip="An image VAE with 4-D latents, such as the Stable Diffusion 1.x VAE.")],
-            outputs=[io.Vae.Output(tooltip="The same weights; native VAE Decode, VAE Decode (Tiled) and VAE Encode handle clips with it.")],
+            inputs=[
+                io.Vae.Input("vae", tooltip="An image VAE with 4-D latents, such as the Stable Diffusion 1.x VAE.")
+            ],
+            outputs=[
+                io.Vae.Output(
+                    tooltip="The same weights; native VAE Decode, VAE Decode (Tiled) and VAE Encode handle clips "
+                    "with it."
+                )
+            ],
         )
 
     @classmethod
@@ -111,7 +132,8 @@ class CheckpointAudit(io.ComfyNode):
             node_id="ConsistentVideoCheckpointAudit",
             display_name="Audit Checkpoint",
             category=CATEGORY,
-            description="Reports what a checkpoint is: family, parameters, types, missing, unexpected or misshapen keys, and what it would take to load it.",
+            description="Reports what a checkpoint is: family, parameters, types, missing, unexpected or misshapen "
+            "keys, and what it would take to load it.",
             search_aliases=["checkpoint info", "inspect model", "missing keys", "diagnose"],
             inputs=[
                 io.Combo.Input(

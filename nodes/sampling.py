@@ -16,7 +16,8 @@ def scheduler_config(model) -> dict:
     config = getattr(model.model, "scheduler_config", None)
     if config is None:
         raise ValueError(
-            f"This model ({type(model.model).__name__}) carries no scheduler configuration. Connect a model from a ConsistentVideo loader, "
+            f"This model ({type(model.model).__name__}) carries no scheduler configuration. Connect a model from a "
+            f"ConsistentVideo loader, "
             "or use Basic Scheduler with it."
         )
     return config
@@ -29,18 +30,26 @@ class ReferenceScheduler(io.ComfyNode):
             node_id="ConsistentVideoReferenceScheduler",
             display_name="Reference Scheduler",
             category=CATEGORY,
-            description="The noise levels of the checkpoint's own scheduler configuration, as the published pipeline steps through them.",
+            description="The noise levels of the checkpoint's own scheduler configuration, as the published "
+            "pipeline steps through them.",
             search_aliases=["ddim scheduler", "sigmas", "diffusers schedule", "timesteps"],
             inputs=[
                 io.Model.Input("model", tooltip="A model loaded by this pack."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Number of denoising steps; the published number is 50."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Number of denoising steps; the published number is 50.",
+                ),
                 io.Float.Input(
                     "denoise",
                     default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps that is run, the last ones: below 1 for video-to-video (the published strength is 0.6).",
+                    tooltip="Share of the steps that is run, the last ones: below 1 for video-to-video (the "
+                    "published strength is 0.6).",
                 ),
             ],
             outputs=[io.Sigmas.Output(tooltip="Noise levels from high to low, ending in 0.")],
@@ -58,17 +67,24 @@ class ReferenceSampler(io.ComfyNode):
             node_id="ConsistentVideoReferenceSampler",
             display_name="Reference Sampler",
             category=CATEGORY,
-            description="The published pipeline's own sampler: with Reference Scheduler it agrees with the pipeline started from the same noise.",
+            description="The published pipeline's own sampler: with Reference Scheduler it agrees with the pipeline "
+            "started from the same noise.",
             search_aliases=["ddim", "ddim sampler", "eta", "diffusers sampler"],
             inputs=[
-                io.Combo.Input("algorithm", options=list(reference.ALGORITHMS), default="auto", tooltip="auto: the algorithm that the model's scheduler configuration names."),
+                io.Combo.Input(
+                    "algorithm",
+                    options=list(reference.ALGORITHMS),
+                    default="auto",
+                    tooltip="auto: the algorithm that the model's scheduler configuration names.",
+                ),
                 io.Float.Input(
                     "eta",
                     default=0.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of fresh noise in each DDIM step: 0 is deterministic, 1 is DDPM. The noise follows the seed of the run.",
+                    tooltip="Share of fresh noise in each DDIM step: 0 is deterministic, 1 is DDPM. The noise "
+                    "follows the seed of the run.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="Sampler for SamplerCustom and SamplerCustomAdvanced.")],

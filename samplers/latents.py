@@ -20,7 +20,8 @@ def check_size(width: int, height: int, frames: int, multiple: int) -> None:
             raise ValueError(f"{name} {value} is not a multiple of {multiple}. Use {below} or {below + multiple}.")
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
-            f"frames {frames} is outside 1..{MAX_FRAMES}. Use 16 for the length the networks were trained on; make longer videos of several clips."
+            f"frames {frames} is outside 1..{MAX_FRAMES}. Use 16 for the length the networks were trained on; make "
+            f"longer videos of several clips."
         )
 
 

@@ -23,7 +23,7 @@ def comfyui_folder() -> Path:
 
 
 def enter() -> None:
-    """Make `comfy` importable in CPU mode and the repository importable as the package `consistent_video`; everything computes in fp32."""
+    """Make `comfy` importable, computing in fp32 on the CPU, and the repository as the package `consistent_video`."""
     if PACKAGE in sys.modules:
         return
     # Spinning OpenMP threads stall each other when several processes share few cores.
@@ -35,7 +35,9 @@ def enter() -> None:
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.use_pytorch_cross_attention = True
     comfy.cli_args.args.fp32_text_enc = True
-    spec = importlib.util.spec_from_file_location(PACKAGE, REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)])
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+    )
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)

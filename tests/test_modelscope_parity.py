@@ -39,7 +39,12 @@ def run(loaded, noise, steps=10, sampler=None, sigmas=None, negative=NEGATIVE, *
 
 def run_pipeline(pipeline, noise, steps=10, **kwargs):
     prompt = [PROMPT] * noise.shape[0]
-    settings = {"guidance_scale": 9.0, "negative_prompt": [NEGATIVE] * noise.shape[0], "output_type": "latent", **kwargs}
+    settings = {
+        "guidance_scale": 9.0,
+        "negative_prompt": [NEGATIVE] * noise.shape[0],
+        "output_type": "latent",
+        **kwargs,
+    }
     return pipeline(prompt, num_inference_steps=steps, latents=noise, num_frames=noise.shape[2], **settings).frames
 
 
@@ -99,7 +104,9 @@ def test_video_to_video_equals_the_pipeline(pipeline, loaded):
     noise = noise_of(*latent.shape, seed=4)
     encoded = pipeline.vae.encode(images.movedim(-1, 1) * 2 - 1).latent_dist.mode().unflatten(0, (1, 5)).movedim(1, 2)
     assert (latent - encoded).abs().max() < 1e-4
-    video.prepare_latents = lambda _, timestep, *args, **kwargs: video.scheduler.add_noise(encoded * SCALE, noise, timestep)
+    video.prepare_latents = lambda _, timestep, *args, **kwargs: video.scheduler.add_noise(
+        encoded * SCALE, noise, timestep
+    )
     expected = video(
         PROMPT,
         video=list(images.numpy()),
@@ -124,7 +131,10 @@ def test_native_euler_over_ddim_uniform_follows_the_pipeline(pipeline, loaded):
 
 def test_eta_changes_the_clip_and_follows_the_seed(loaded):
     noise = noise_of(1, 4, 4, 8, 8)
-    runs = [run(loaded, noise, steps=4, sampler=reference.reference_sampler("ddim", eta), seed=seed) for eta, seed in ((0, 1), (0, 2), (1, 1), (1, 1), (1, 2))]
+    runs = [
+        run(loaded, noise, steps=4, sampler=reference.reference_sampler("ddim", eta), seed=seed)
+        for eta, seed in ((0, 1), (0, 2), (1, 1), (1, 1), (1, 2))
+    ]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[2], runs[3])
     assert (runs[2] - runs[0]).abs().max() > 1e-2 < (runs[4] - runs[2]).abs().max()

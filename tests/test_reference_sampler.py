@@ -10,8 +10,9 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
-from consistent_video.samplers import reference, schedules
 from diffusers import DDIMScheduler
+
+from consistent_video.samplers import reference, schedules
 
 SHAPE = (2, 4, 3, 5, 6)
 CPU = torch.device("cpu")

@@ -5,8 +5,9 @@ import math
 import comfy.model_sampling
 import pytest
 import torch
-from consistent_video.samplers import schedules
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from consistent_video.samplers import schedules
 
 MODELSCOPE = {
     "_class_name": "DDIMScheduler",

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the published layout: same files, keys and configuration fields, few channels, seeded random weights.
+"""Tiny checkpoints in the published layout: same files, keys and configuration fields, few channels, random weights.
 
 As a command: `python tests/tiny_checkpoints.py MODELS_FOLDER` writes every checkpoint that the example workflows name.
 """
@@ -53,7 +53,9 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
         shutil.copy(comfyui_tokenizer() / name, folder / name)
     config = json.loads((comfyui_tokenizer() / "tokenizer_config.json").read_text())
     special = json.loads((comfyui_tokenizer() / "special_tokens_map.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad_token, "model_max_length": 77}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, "pad_token": pad_token, "model_max_length": 77})
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
 
 
@@ -74,7 +76,9 @@ def write_text_encoder(folder: Path, layers: int = 3) -> None:
     _spread(model)
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
-    state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(path).items()}
+    state = {
+        key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(path).items()
+    }
     save_file(state, path, metadata={"format": "pt"})
 
 
