@@ -71,11 +71,9 @@ def convert(state: Mapping[str, torch.Tensor], source: str = "The state dict") -
     unknown = sorted(key for key in state if not key.startswith(prefix) or key[len(prefix) :] not in names)
     if unknown:
         raise ValueError(
-            f"{source} has keys without a place in the ModelScope text-to-video network ({len(unknown)} of "
-            f"{len(state)}): "
-            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. It is of a related network or holds "
-            f"more than "
-            "one; choose a file of the text-to-video UNet alone."
+            f"{source} has keys without a place in the ModelScope text-to-video network "
+            f"({len(unknown)} of {len(state)}): {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. "
+            "It is of a related network or holds more than one; choose a file of the text-to-video UNet alone."
         )
     return {names[key]: _as_linear(names[key], value) for key, value in bare.items()}
 

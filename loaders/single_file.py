@@ -48,7 +48,7 @@ def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def network_keys(state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """The network's state dict under diffusers' key names, from any layout this pack reads; `source` names it in errors."""
+    """The network's state dict under diffusers' key names, from any layout; `source` names it in errors."""
     if original_modelscope.is_original_modelscope(state):
         return original_modelscope.convert(state, source)
     return strip_prefix(state)

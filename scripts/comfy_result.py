@@ -21,7 +21,7 @@ class Preview:
 class Result:
     """What one prompt did.
 
-    outputs: node id -> its interface output, e.g. {"images": [{"filename", "subfolder", "type"}]}, cached nodes included
+    outputs: node id -> its interface output, e.g. {"images": [{"filename", "subfolder", "type"}]}, of cached nodes too
     events: every JSON event of this prompt as (type, data), in order
     progress: node id -> [(value, maximum)]
     executing: node ids in the order they started; cached: node ids that were not run again
@@ -57,7 +57,7 @@ class Result:
             self.progress.setdefault(data["node"], []).append((data["value"], data["max"]))
 
     def add_binary(self, message: bytes) -> None:
-        """Take in one binary message: a big-endian type, then picture type and picture, or metadata size, JSON, picture."""
+        """Take in one binary message: a big-endian type, then picture type and picture, or JSON size, JSON, picture."""
         kind, second = struct.unpack_from(">II", message)
         if kind == PREVIEW:
             self.previews.append(Preview(message[8:], "image/png" if second == 2 else "image/jpeg", None))

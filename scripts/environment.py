@@ -107,7 +107,7 @@ def _given_tree() -> Path | None:
             raise EnvironmentProblem(f"COMFYUI_PATH is {path}, which holds no ComfyUI (main.py and comfy/ expected).")
         return path
     # the repository may be a link inside custom_nodes, so the path as typed counts too
-    for place in {ROOT, Path(os.path.abspath(__file__)).parent.parent}:
+    for place in (ROOT, Path(os.path.abspath(__file__)).parent.parent):
         if place.parent.name == "custom_nodes" and _is_comfyui(place.parent.parent):
             return place.parent.parent
     return None
@@ -147,7 +147,7 @@ def _download(requirement: str, folder: Path, sha256: str) -> Path:
 
 
 def _unpack(archive: Path, inside: str, target: Path) -> None:
-    """Write the regular files below `<any>/<inside>/` of a tar archive to `target`; links and odd paths are left out."""
+    """Write the regular files below `<any>/<inside>/` of a tar archive to `target`, without links and odd paths."""
     prefix = inside.split("/")
     with tarfile.open(archive) as tar:
         for member in tar:

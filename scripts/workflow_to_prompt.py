@@ -7,16 +7,15 @@ The editor saves widget values without names; /object_info has the names, in the
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 MUTED, BYPASSED = 2, 4
 NOTES = ("Note", "MarkdownNote")
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 SEED_NAMES = ("seed", "noise_seed")
 # what the editor's own widget after a seed holds; it is no input of the node
 AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
-EMPTY_VALUES = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
+EMPTY_VALUES = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False, "IMAGECOMPARE": ["", ""]}
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:
@@ -120,68 +119,72 @@ def _literal(value: object) -> object:
 
 def _widget_values(node: dict, info: dict) -> dict:
     """Name -> value of the node's widgets."""
-    saved = node.get("widgets_values") or []
-    with_widget = {entry["widget"]["name"] for entry in node.get("inputs") or [] if entry.get("widget")}
-    widgets = list(_widgets(info, with_widget))
-    if isinstance(saved, dict):
-        chosen = {name: saved.get(name) for name, _, _ in widgets}
-    else:
-        chosen = _named(node, saved, widgets)
-    values = {}
-    for name, kind, options in widgets:
-        if kind is None:  # a button
-            continue
-        value = chosen[name] if chosen.get(name) is not None else _default(node, name, kind, options)
-        values[name] = _literal(value)
-    return values
+    reader = _WidgetReader(node)
+    reader.read(info["input"], info.get("input_order") or {})
+    reader.check_all_used()
+    return {name: _literal(value) for name, value in reader.values.items()}
 
 
-def _named(node: dict, saved: list, widgets: list[tuple]) -> dict:
-    """Give the saved values their names; what follows a seed and belongs to the editor is passed over."""
-    chosen = {}
-    rest = list(saved)
-    for name, kind, options in widgets:
-        if not rest:
-            break
-        chosen[name] = rest.pop(0)
-        if _is_seed(name, kind, options) and rest and rest[0] in AFTER_GENERATE:
-            rest.pop(0)
-            if kind == "COMBO" and rest:
-                rest.pop(0)  # the filter of the combo
-    # trailing None: widgets that the editor shows but does not save, such as previews
-    if any(value is not None and value != "" for value in rest):
-        raise ValueError(f"{_name(node)}: {len(rest)} more widget values than widgets: {rest!r}.")
-    return chosen
+class _WidgetReader:
+    """Gives the saved values of one node their names, in the editor's order of widgets."""
+
+    def __init__(self, node: dict) -> None:
+        saved = node.get("widgets_values") or []
+        self.node = node
+        self.by_name: dict | None = saved if isinstance(saved, dict) else None
+        self.rest: list = [] if isinstance(saved, dict) else list(saved)
+        # inputs that the workflow itself says have a widget: types that only the editor knows
+        self.with_widget = {entry["widget"]["name"] for entry in node.get("inputs") or [] if entry.get("widget")}
+        self.values: dict = {}
+
+    def read(self, sections: dict, order: dict, prefix: str = "") -> None:
+        """Read the widgets of an input description, {"required": {name: [type, options]}, "optional": ...}."""
+        for section in ("required", "optional"):
+            specs = sections.get(section) or {}
+            buttons = 0
+            for name in order.get(section) or specs:
+                kind, options = specs[name][0], (specs[name][1:] or [{}])[0] or {}
+                if isinstance(kind, list):
+                    kind, options = "COMBO", {"options": kind, **options}
+                buttons = buttons or _upload_buttons(options)
+                if self._is_widget(prefix + name, kind, options):
+                    self._read_one(prefix + name, kind, options)
+            if section == "required":  # the editor adds its buttons here, and saves a value for them
+                del self.rest[:buttons]
+
+    def _is_widget(self, name: str, kind: str, options: dict) -> bool:
+        known = kind in WIDGET_TYPES and not options.get("forceInput")
+        return known or name in self.with_widget or bool(options.get("socketless"))
+
+    def _read_one(self, name: str, kind: str, options: dict) -> None:
+        if self.by_name is not None:
+            value = self.by_name.get(name)
+        else:
+            value = self.rest.pop(0) if self.rest else None
+        if value is None:
+            value = _default(self.node, name, kind, options)
+        self.values[name] = value
+        if kind == "COMFY_DYNAMICCOMBO_V3":  # each choice brings widgets of its own
+            chosen = next((option["inputs"] for option in options["options"] if option["key"] == value), {})
+            self.read(chosen, {}, f"{name}.")
+        elif options.get("control_after_generate", kind == "INT" and name in SEED_NAMES):
+            self._skip_editor_widgets(kind)
+
+    def _skip_editor_widgets(self, kind: str) -> None:
+        if self.rest and self.rest[0] in AFTER_GENERATE:
+            del self.rest[: 2 if kind == "COMBO" else 1]  # a combo has a filter, too
+
+    def check_all_used(self) -> None:
+        # the editor's previews (of text, of files) save a value although they are no input
+        if self.values and any(value not in (None, "") for value in self.rest):
+            raise ValueError(f"{_name(self.node)}: {len(self.rest)} more widget values than widgets: {self.rest!r}.")
 
 
-def _is_seed(name: str, kind: str | None, options: dict) -> bool:
-    return bool(options.get("control_after_generate", kind == "INT" and name in SEED_NAMES))
-
-
-def _widgets(info: dict, with_widget: set[str]) -> Iterator[tuple[str, str | None, dict]]:
-    """(name, type, options) of the node's widgets in the editor's order; type None is an upload button.
-
-    `with_widget`: inputs that the workflow itself says have a widget (types that only the editor knows).
-    """
-    for section in ("required", "optional"):
-        specs = info["input"].get(section) or {}
-        buttons = []
-        for name in (info.get("input_order") or {}).get(section) or specs:
-            kind, options = specs[name][0], (specs[name][1:] or [{}])[0] or {}
-            if isinstance(kind, list):
-                kind, options = "COMBO", {"options": kind, **options}
-            if (
-                (kind in WIDGET_TYPES and not options.get("forceInput"))
-                or name in with_widget
-                or "socketless" in options
-            ):
-                yield name, kind, options
-            if any(key.endswith("_upload") and on is True for key, on in options.items()):
-                buttons = [("upload", None, {})]
-                if options.get("audio_upload"):
-                    buttons.insert(0, ("audioUI", None, {}))
-        if section == "required":
-            yield from buttons
+def _upload_buttons(options: dict) -> int:
+    """How many widgets the editor adds to a node with this input: a button, for audio also a player."""
+    if options.get("audio_upload"):
+        return 2
+    return int(any(key.endswith("_upload") and on is True for key, on in options.items()))
 
 
 def _default(node: dict, name: str, kind: str, options: dict) -> object:
@@ -190,7 +193,8 @@ def _default(node: dict, name: str, kind: str, options: dict) -> object:
     if kind in EMPTY_VALUES:
         return EMPTY_VALUES[kind]
     if options.get("options"):
-        return options["options"][0]
+        first = options["options"][0]
+        return first["key"] if isinstance(first, dict) else first
     raise ValueError(f"{_name(node)}: the workflow has no value for {name!r}, and the node no default.")
 
 

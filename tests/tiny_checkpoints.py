@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 MODELSCOPE_NAME = "text-to-video-ms-1.7b"
+ORIGINAL_NAME = "text2video_pytorch_model.pth"
 TEXT_WIDTH = 64
 MODELSCOPE_UNET = {
     "sample_size": 32,
@@ -97,10 +98,7 @@ def write_image_vae(folder: Path) -> None:
 
 def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
     """A ModelScope text-to-video folder."""
-    torch.manual_seed(seed)
-    unet = UNet3DConditionModel(**{**MODELSCOPE_UNET, **unet_settings})
-    _spread(unet)
-    unet.save_pretrained(folder / "unet")
+    _modelscope_unet(seed, **unet_settings).save_pretrained(folder / "unet")
     write_image_vae(folder / "vae")
     write_text_encoder(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer", "!")
@@ -118,6 +116,38 @@ def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
     return folder
 
 
+def _modelscope_unet(seed: int, **settings) -> UNet3DConditionModel:
+    torch.manual_seed(seed)
+    unet = UNet3DConditionModel(**{**MODELSCOPE_UNET, **settings})
+    _spread(unet)
+    return unet
+
+
+def write_original_modelscope(path: Path, seed: int = 0) -> Path:
+    """The network of `write_modelscope` as one file in the original layout."""
+    from consistent_video.loaders.original_modelscope import key_map
+
+    state = _modelscope_unet(seed).state_dict()
+    names = key_map(MODELSCOPE_UNET["block_out_channels"], MODELSCOPE_UNET["layers_per_block"])
+    torch.save({old: state[new] for old, new in names.items()}, path)
+    return path
+
+
+def write_taesd(path: Path, seed: int = 0) -> Path:
+    """One half of the tiny autoencoder for Stable Diffusion at its published size, which is small enough."""
+    from comfy.taesd.taesd import Decoder, Encoder
+
+    torch.manual_seed(seed)
+    half = Encoder() if "encoder" in path.name else Decoder()
+    # ComfyUI's layers leave their weights unset
+    state = {
+        key: torch.randn_like(value) * (0.02 if value.ndim == 1 else (2 / value[0].numel()) ** 0.5)
+        for key, value in half.state_dict().items()
+    }
+    save_file(state, path)
+    return path
+
+
 def _spread(model: torch.nn.Module) -> None:
     """Move every parameter off its initial value: zero-initialised layers and constant norms would hide errors."""
     with torch.no_grad():
@@ -125,15 +155,25 @@ def _spread(model: torch.nn.Module) -> None:
             parameter.add_(0.02 * torch.randn_like(parameter))
 
 
+CHECKPOINTS = {
+    f"diffusers/{MODELSCOPE_NAME}": write_modelscope,
+    f"diffusion_models/{ORIGINAL_NAME}": write_original_modelscope,
+    "vae_approx/taesd_encoder.safetensors": write_taesd,
+    "vae_approx/taesd_decoder.safetensors": write_taesd,
+}
+
+
 def build_all(models: Path) -> None:
     """Write every checkpoint that the example workflows name into a ComfyUI models folder; finished ones are kept."""
-    for name, write in {MODELSCOPE_NAME: write_modelscope}.items():
-        folder = models / "diffusers" / name
-        if not folder.exists():
-            unfinished = folder.with_name(f".{name}")
-            shutil.rmtree(unfinished, ignore_errors=True)
+    for name, write in CHECKPOINTS.items():
+        finished = models / name
+        if not finished.exists():
+            unfinished = finished.with_name(f".{finished.name}")
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
-            unfinished.rename(folder)
+            unfinished.rename(finished)
 
 
 if __name__ == "__main__":

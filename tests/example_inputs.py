@@ -1,0 +1,56 @@
+"""The input files that the example workflows name.
+
+As a command: `python tests/example_inputs.py INPUT_FOLDER` writes them into ComfyUI's input folder.
+"""
+
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+
+VIDEO_NAME = "consistent_video_example.mp4"
+SIZE = 256
+FRAMES = 24
+FPS = 8
+
+
+def disc_clip(frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
+    """A disc that moves over a colour gradient: bytes (frames, size, size, 3)."""
+    y, x = np.mgrid[0:size, 0:size] / (size - 1)
+    background = np.stack([0.15 + 0.5 * x, 0.25 + 0.4 * y, 0.75 - 0.4 * x], axis=-1)
+    disc = np.array([0.98, 0.82, 0.25])
+    clip = np.empty((frames, size, size, 3), np.uint8)
+    for index in range(frames):
+        angle = 2 * np.pi * index / frames
+        distance = np.hypot(x - 0.5 - 0.28 * np.cos(angle), y - 0.5 - 0.2 * np.sin(angle))
+        coverage = np.clip((0.14 - distance) * size / 2 + 0.5, 0, 1)[..., None]
+        clip[index] = np.rint(255 * (coverage * disc + (1 - coverage) * background))
+    return clip
+
+
+def write_video(path: Path, clip: np.ndarray, fps: int = FPS) -> None:
+    """Write bytes (frames, height, width, 3) as an H.264 file."""
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "20"}
+        for picture in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_inputs(folder: Path) -> None:
+    """Write every input file of the example workflows; finished ones are kept."""
+    finished = folder / VIDEO_NAME
+    if finished.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = finished.with_name(f".{VIDEO_NAME}")
+    write_video(unfinished, disc_clip())
+    unfinished.rename(finished)
+
+
+if __name__ == "__main__":
+    write_inputs(Path(sys.argv[1]))

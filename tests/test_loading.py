@@ -1,0 +1,294 @@
+"""Loading checkpoints: every published file layout works, everything damaged is named with a remedy."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_checkpoints
+from consistent_video.loaders import audit, folders, modelscope, network, single_file, weights
+from consistent_video.loaders.families import MODELSCOPE
+from consistent_video.models.unet3d import ModelScopeUNet
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def copy(models_folder, modelscope_folder, request):
+    """A checkpoint folder of its own, listed by ComfyUI, that a test may damage."""
+    folder = models_folder / "diffusers" / f"copy-{request.node.name}".replace("[", "-").replace("]", "")
+    shutil.copytree(modelscope_folder, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def unet_state(modelscope_folder):
+    return load_file(modelscope_folder / "unet" / f"{WEIGHTS}.safetensors")
+
+
+@pytest.fixture
+def single(models_folder, request):
+    """Writes a state dict into a file of the diffusion_models folder."""
+    written = []
+
+    def write(state, name="network.safetensors"):
+        path = models_folder / "diffusion_models" / name
+        save_file(state, path) if name.endswith(".safetensors") else torch.save(state, path)
+        written.append(path)
+        return path
+
+    yield write
+    for path in written:
+        path.unlink()
+
+
+def loaded_weights(patcher):
+    return patcher.model.diffusion_model.state_dict()
+
+
+def assert_same_weights(patcher, state):
+    found = loaded_weights(patcher)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key].float(), value.float()) for key, value in state.items())
+
+
+def shard(folder, state, suffix=".safetensors", index_name=None):
+    keys = sorted(state)
+    parts = [f"{WEIGHTS}-0000{part + 1}-of-00002{suffix}" for part in range(2)]
+    weight_map = {}
+    for part, name in enumerate(parts):
+        chunk = {key: state[key] for key in keys[part::2]}
+        save_file(chunk, folder / name) if suffix == ".safetensors" else torch.save(chunk, folder / name)
+        weight_map |= dict.fromkeys(chunk, name)
+    name = index_name or f"{WEIGHTS}{suffix}.index.json"
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "fp16", "sharded", "sharded_bin", "sharded_fp16"])
+def test_published_file_layouts_load(copy, unet_state, layout):
+    unet = copy / "unet"
+    (unet / f"{WEIGHTS}.safetensors").unlink()
+    half = {key: value.half() for key, value in unet_state.items()}
+    if layout == "safetensors":
+        save_file(unet_state, unet / f"{WEIGHTS}.safetensors")
+    elif layout == "bin":
+        torch.save(unet_state, unet / f"{WEIGHTS}.bin")
+    elif layout == "fp16":
+        save_file(half, unet / f"{WEIGHTS}.fp16.safetensors")
+    elif layout == "sharded_fp16":
+        shard(unet, half, index_name=f"{WEIGHTS}.safetensors.index.fp16.json")
+    else:
+        shard(unet, unet_state, ".bin" if layout == "sharded_bin" else ".safetensors")
+    assert_same_weights(modelscope.load_folder_network(copy, "default"), half if "fp16" in layout else unet_state)
+
+
+def test_half_types_prefer_the_fp16_variant(copy, unet_state):
+    marked = {key: (value + 1).half() for key, value in unet_state.items()}
+    save_file(marked, copy / "unet" / f"{WEIGHTS}.fp16.safetensors")
+    assert_same_weights(modelscope.load_folder_network(copy, "fp32"), unet_state)
+    half = modelscope.load_folder_network(copy, "fp16")
+    assert_same_weights(half, marked)
+    assert half.model.get_dtype() == torch.float16
+
+
+def test_fp8_keeps_norms_and_biases_in_sixteen_bits(modelscope_folder):
+    state = loaded_weights(modelscope.load_folder_network(modelscope_folder, "fp8_e4m3fn"))
+    assert {value.dtype for value in state.values() if value.ndim > 1} == {torch.float8_e4m3fn}
+    assert {value.dtype for value in state.values() if value.ndim == 1} == {torch.bfloat16}
+
+
+def test_weights_are_the_files_memory(modelscope_folder):
+    files = weights.find_weights(modelscope_folder / "unet", WEIGHTS)
+    state = weights.read_weights(files)
+    pointers = {key: value.data_ptr() for key, value in state.items()}
+    built = network.build_on_meta(ModelScopeUNet, folders.read_config(modelscope_folder / "unet" / "config.json"), "")
+    import comfy.ops
+
+    built = network.load_network(built, state, torch.float32, comfy.ops.disable_weight_init, {}, "")
+    assert {key: value.data_ptr() for key, value in built.state_dict().items()} == pointers
+
+
+def test_published_size_matches_key_by_key():
+    published = network.build_on_meta(ModelScopeUNet, {}, "published")
+    state = published.state_dict()
+    assert sum(value.numel() for value in state.values()) == 1_411_233_860
+    assert single_file.unet3d_config(state) == {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "cross_attention_dim": 1024,
+        "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
+        "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
+    }
+    assert not network.compare(state, network.build_on_meta(ModelScopeUNet, single_file.unet3d_config(state), ""))
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "network.pth"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "unet."])
+def test_single_files_load(single, unet_state, name, prefix):
+    path = single({prefix + key: value for key, value in unet_state.items()}, name)
+    assert_same_weights(single_file.load_file(single_file.find_file(path.name), "auto", "default"), unet_state)
+
+
+def test_text_encoder_without_prefix_loads(copy, modelscope_folder):
+    path = copy / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    save_file({key.removeprefix("text_model."): value for key, value in state.items()}, path)
+    expected = modelscope.load_folder(modelscope_folder, "default")[1].encode("a cat")
+    assert torch.equal(modelscope.load_folder(copy, "default")[1].encode("a cat"), expected)
+
+
+def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
+    config = json.loads((copy / "unet" / "config.json").read_text())
+    config |= {"_name_or_path": "elsewhere", "time_cond_proj_dim": None, "unknown_field": 3}
+    (copy / "unet" / "config.json").write_text(json.dumps(config))
+    (copy / "model_index.json").write_text(json.dumps({"unet": ["other", "MyUNet3D"]}))
+    assert copy.name in folders.list_checkpoints(MODELSCOPE)
+    assert_same_weights(modelscope.load_folder_network(copy, "default"), unet_state)
+
+
+def damage_config(folder):
+    (folder / "unet" / "config.json").write_text("{")
+
+
+def damage_family(folder):
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+
+
+def damage_truncated(folder):
+    path = folder / "unet" / f"{WEIGHTS}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage_header(folder):
+    (folder / "unet" / f"{WEIGHTS}.safetensors").write_bytes(b"\xff" * 64)
+
+
+def damage_pickle(folder):
+    (folder / "unet" / f"{WEIGHTS}.safetensors").unlink()
+    with open(folder / "unet" / f"{WEIGHTS}.bin", "wb") as file:
+        pickle.dump(Malice(str(folder / "owned")), file)
+
+
+def damage_channels(folder):
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+
+
+def damage_nan(folder):
+    path = folder / "unet" / f"{WEIGHTS}.safetensors"
+    state = load_file(path)
+    state["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    save_file(state, path)
+
+
+def damage_missing_key(folder):
+    path = folder / "unet" / f"{WEIGHTS}.safetensors"
+    state = load_file(path)
+    del state["conv_in.bias"]
+    state["conv_in.scale"] = torch.zeros(1)
+    save_file(state, path)
+
+
+def damage_empty(folder):
+    shutil.rmtree(folder / "unet")
+    (folder / "unet").mkdir()
+
+
+def damage_shards(folder):
+    path = folder / "unet" / f"{WEIGHTS}.safetensors"
+    shard(folder / "unet", load_file(path))
+    path.unlink()
+    (folder / "unet" / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()
+
+
+def damage_vae(folder):
+    path = folder / "vae" / f"{WEIGHTS}.safetensors"
+    state = load_file(path)
+    del state["decoder.conv_in.bias"]
+    save_file(state, path)
+
+
+def damage_text(folder):
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+
+
+class Malice:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_config, ["unet/config.json", "not valid JSON", "again"]),
+        (damage_family, ["unet/config.json", "UNet2DConditionModel", "UNet3DConditionModel"]),
+        (damage_truncated, [f"{WEIGHTS}.safetensors", "damaged or incomplete", "download it again"]),
+        (damage_header, [f"{WEIGHTS}.safetensors", "damaged or incomplete"]),
+        (damage_pickle, [f"{WEIGHTS}.bin", "refused", ".safetensors"]),
+        (damage_channels, ["unet", "conv_in.weight is (64, 4, 3, 3), expected (64, 9, 3, 3)"]),
+        (damage_nan, [f"{WEIGHTS}.safetensors", "NaN", "conv_in.weight"]),
+        (damage_missing_key, ["unet", "1 missing keys (conv_in.bias)", "1 unexpected keys (conv_in.scale)"]),
+        (damage_empty, ["unet", "config.json is missing"]),
+        (damage_shards, ["index.json", f"{WEIGHTS}-00002-of-00002.safetensors"]),
+        (damage_vae, ["vae", "decoder.conv_in.bias"]),
+        (damage_text, ["text_encoder", "expected (49408, 128)"]),
+    ],
+)
+def test_damage_is_named_with_a_remedy(copy, damage, words):
+    damage(copy)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        modelscope.load_folder(copy, "default")
+    message = str(caught.value).replace("\\", "/")
+    assert str(copy).replace("\\", "/") in message
+    assert [word for word in words if word not in message] == []
+    assert not (copy / "owned").exists()
+
+
+def test_single_file_of_another_family_is_refused(single):
+    path = single({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)})
+    with pytest.raises(ValueError, match="not a network of ModelScope.*input_blocks.0.0.weight") as caught:
+        single_file.load_file(path, "auto", "default")
+    assert str(path) in str(caught.value)
+
+
+def test_missing_checkpoint_names_repository_and_folder(models_folder):
+    message = folders.explain_missing(MODELSCOPE, "nowhere")
+    assert MODELSCOPE.repository in message and str(models_folder / "diffusers") in message
+    assert folders.explain_missing(MODELSCOPE, tiny_checkpoints.MODELSCOPE_NAME) is True
+
+
+def test_audit_of_a_good_folder(modelscope_folder):
+    report = audit.report(tiny_checkpoints.MODELSCOPE_NAME)
+    assert "Family: ModelScope text-to-video" in report
+    assert "Missing keys: none\nUnexpected keys: none\nMisshapen keys: none" in report
+    assert "To load it: use Load ModelScope." in report
+    parameters = sum(
+        value.numel() for value in load_file(modelscope_folder / "unet" / f"{WEIGHTS}.safetensors").values()
+    )
+    assert f"Network: {parameters:,} parameters (float32 {parameters:,})" in report
+
+
+def test_audit_of_a_damaged_folder(copy):
+    damage_missing_key(copy)
+    report = audit.report(copy.name)
+    assert "Missing keys: 1 (conv_in.bias)" in report and "Unexpected keys: 1 (conv_in.scale)" in report
+    damage_truncated(copy)
+    assert "Cannot be loaded" in audit.report(copy.name)
+
+
+def test_audit_of_a_single_file(single, unet_state):
+    path = single(unet_state)
+    assert f"diffusion_models/{path.name}" in audit.list_sources()
+    assert "To load it: use Load Video Diffusion Model." in audit.report(f"diffusion_models/{path.name}")
