@@ -1,9 +1,8 @@
 """Write what follows from the node schemas: `python3 scripts/update_schemas.py`.
 
-Run it after a node's names, inputs, limits or tooltips changed on purpose, and look at the difference before committing:
-`locales/en/nodeDefs.json` is what the editor shows, `tests/data/schema.json` what saved workflows depend on. The other
-languages under `locales/` and the help pages under `web/docs/` are edited by hand; `tests/test_documentation.py` says
-what they lack.
+Run it after a node's names, inputs, limits or tooltips changed on purpose, and read the difference: the editor shows
+`locales/en/nodeDefs.json`, saved workflows depend on what is in `tests/data/schema.json`. The other languages under
+`locales/` and the help pages under `web/docs/` are edited by hand; `tests/test_documentation.py` says what they lack.
 """
 
 import os

@@ -27,7 +27,7 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
     """
     if not isinstance(workflow.get("nodes"), list):
         raise ValueError("Not a workflow of the graph editor: it has no list of nodes (is it an API prompt already?).")
-    subgraphs = {subgraph["id"] for subgraph in workflow.get("definitions", {}).get("subgraphs", [])}
+    subgraphs = {subgraph["id"] for subgraph in ((workflow.get("definitions") or {}).get("subgraphs") or [])}
     graph = _Graph(workflow)
     prompt = {}
     for node in graph.nodes.values():

@@ -1,12 +1,13 @@
 """Fixtures: a real ComfyUI in this process, tiny checkpoints built once per session."""
 
-from comfy_process import enter
+from comfy_process import comfyui_folder, enter
 
 enter()
 
 import folder_paths  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from comfy_server import ComfyServer  # noqa: E402
 
 import tiny_checkpoints  # noqa: E402
 
@@ -25,6 +26,15 @@ def models_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def modelscope_folder(models_folder):
     return models_folder / "diffusers" / tiny_checkpoints.MODELSCOPE_NAME
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A live ComfyUI server with this pack and checkpoints of its own, which a test may damage."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    tiny_checkpoints.build_all(folder / "models")
+    with ComfyServer(folder, comfyui=comfyui_folder()) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
 """Loading checkpoints: every published file layout works, everything damaged is named with a remedy."""
 
 import json
-import pickle
 import shutil
 
+import damage
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,18 +56,6 @@ def assert_same_weights(patcher, state):
     assert all(torch.equal(found[key].float(), value.float()) for key, value in state.items())
 
 
-def shard(folder, state, suffix=".safetensors", index_name=None):
-    keys = sorted(state)
-    parts = [f"{WEIGHTS}-0000{part + 1}-of-00002{suffix}" for part in range(2)]
-    weight_map = {}
-    for part, name in enumerate(parts):
-        chunk = {key: state[key] for key in keys[part::2]}
-        save_file(chunk, folder / name) if suffix == ".safetensors" else torch.save(chunk, folder / name)
-        weight_map |= dict.fromkeys(chunk, name)
-    name = index_name or f"{WEIGHTS}{suffix}.index.json"
-    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "fp16", "sharded", "sharded_bin", "sharded_fp16"])
 def test_published_file_layouts_load(copy, unet_state, layout):
     unet = copy / "unet"
@@ -80,9 +68,9 @@ def test_published_file_layouts_load(copy, unet_state, layout):
     elif layout == "fp16":
         save_file(half, unet / f"{WEIGHTS}.fp16.safetensors")
     elif layout == "sharded_fp16":
-        shard(unet, half, index_name=f"{WEIGHTS}.safetensors.index.fp16.json")
+        damage.write_shards(unet, half, index_name=f"{WEIGHTS}.safetensors.index.fp16.json")
     else:
-        shard(unet, unet_state, ".bin" if layout == "sharded_bin" else ".safetensors")
+        damage.write_shards(unet, unet_state, ".bin" if layout == "sharded_bin" else ".safetensors")
     assert_same_weights(modelscope.load_folder_network(copy, "default"), half if "fp16" in layout else unet_state)
 
 
@@ -152,102 +140,25 @@ def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
     assert_same_weights(modelscope.load_folder_network(copy, "default"), unet_state)
 
 
-def damage_config(folder):
-    (folder / "unet" / "config.json").write_text("{")
-
-
-def damage_family(folder):
-    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
-
-
-def damage_truncated(folder):
-    path = folder / "unet" / f"{WEIGHTS}.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def damage_header(folder):
-    (folder / "unet" / f"{WEIGHTS}.safetensors").write_bytes(b"\xff" * 64)
-
-
-def damage_pickle(folder):
-    (folder / "unet" / f"{WEIGHTS}.safetensors").unlink()
-    with open(folder / "unet" / f"{WEIGHTS}.bin", "wb") as file:
-        pickle.dump(Malice(str(folder / "owned")), file)
-
-
-def damage_channels(folder):
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
-
-
-def damage_nan(folder):
-    path = folder / "unet" / f"{WEIGHTS}.safetensors"
-    state = load_file(path)
-    state["conv_in.weight"][0, 0, 0, 0] = float("nan")
-    save_file(state, path)
-
-
-def damage_missing_key(folder):
-    path = folder / "unet" / f"{WEIGHTS}.safetensors"
-    state = load_file(path)
-    del state["conv_in.bias"]
-    state["conv_in.scale"] = torch.zeros(1)
-    save_file(state, path)
-
-
-def damage_empty(folder):
-    shutil.rmtree(folder / "unet")
-    (folder / "unet").mkdir()
-
-
-def damage_shards(folder):
-    path = folder / "unet" / f"{WEIGHTS}.safetensors"
-    shard(folder / "unet", load_file(path))
-    path.unlink()
-    (folder / "unet" / f"{WEIGHTS}-00002-of-00002.safetensors").unlink()
-
-
-def damage_vae(folder):
-    path = folder / "vae" / f"{WEIGHTS}.safetensors"
-    state = load_file(path)
-    del state["decoder.conv_in.bias"]
-    save_file(state, path)
-
-
-def damage_text(folder):
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
-
-
-class Malice:
-    """Creates a file when unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("how", "words"),
     [
-        (damage_config, ["unet/config.json", "not valid JSON", "again"]),
-        (damage_family, ["unet/config.json", "UNet2DConditionModel", "UNet3DConditionModel"]),
-        (damage_truncated, [f"{WEIGHTS}.safetensors", "damaged or incomplete", "download it again"]),
-        (damage_header, [f"{WEIGHTS}.safetensors", "damaged or incomplete"]),
-        (damage_pickle, [f"{WEIGHTS}.bin", "refused", ".safetensors"]),
-        (damage_channels, ["unet", "conv_in.weight is (64, 4, 3, 3), expected (64, 9, 3, 3)"]),
-        (damage_nan, [f"{WEIGHTS}.safetensors", "NaN", "conv_in.weight"]),
-        (damage_missing_key, ["unet", "1 missing keys (conv_in.bias)", "1 unexpected keys (conv_in.scale)"]),
-        (damage_empty, ["unet", "config.json is missing"]),
-        (damage_shards, ["index.json", f"{WEIGHTS}-00002-of-00002.safetensors"]),
-        (damage_vae, ["vae", "decoder.conv_in.bias"]),
-        (damage_text, ["text_encoder", "expected (49408, 128)"]),
+        (damage.config, ["unet/config.json", "not valid JSON", "again"]),
+        (damage.family, ["unet/config.json", "UNet2DConditionModel", "UNet3DConditionModel"]),
+        (damage.truncated, [f"{WEIGHTS}.safetensors", "damaged or incomplete", "download it again"]),
+        (damage.header, [f"{WEIGHTS}.safetensors", "damaged or incomplete"]),
+        (damage.pickled_code, [f"{WEIGHTS}.bin", "refused", ".safetensors"]),
+        (damage.channels, ["unet", "conv_in.weight is (64, 4, 3, 3), expected (64, 9, 3, 3)"]),
+        (damage.nan, [f"{WEIGHTS}.safetensors", "NaN", "conv_in.weight"]),
+        (damage.missing_key, ["unet", "1 missing keys (conv_in.bias)", "1 unexpected keys (conv_in.scale)"]),
+        (damage.empty, ["unet", "config.json is missing"]),
+        (damage.shards, ["index.json", f"{WEIGHTS}-00002-of-00002.safetensors"]),
+        (damage.vae, ["vae", "decoder.conv_in.bias"]),
+        (damage.text, ["text_encoder", "expected (49408, 128)"]),
     ],
 )
-def test_damage_is_named_with_a_remedy(copy, damage, words):
-    damage(copy)
+def test_damage_is_named_with_a_remedy(copy, how, words):
+    how(copy)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         modelscope.load_folder(copy, "default")
     message = str(caught.value).replace("\\", "/")
@@ -281,10 +192,10 @@ def test_audit_of_a_good_folder(modelscope_folder):
 
 
 def test_audit_of_a_damaged_folder(copy):
-    damage_missing_key(copy)
+    damage.missing_key(copy)
     report = audit.report(copy.name)
     assert "Missing keys: 1 (conv_in.bias)" in report and "Unexpected keys: 1 (conv_in.scale)" in report
-    damage_truncated(copy)
+    damage.truncated(copy)
     assert "Cannot be loaded" in audit.report(copy.name)
 
 
