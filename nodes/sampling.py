@@ -75,7 +75,7 @@ class ReferenceSampler(io.ComfyNode):
                     "algorithm",
                     options=list(reference.ALGORITHMS),
                     default="auto",
-                    tooltip="auto: the algorithm that the model's scheduler configuration names.",
+                    tooltip="auto: the algorithm of the published pipeline of the model's family.",
                 ),
                 io.Float.Input(
                     "eta",

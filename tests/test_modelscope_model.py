@@ -1,5 +1,8 @@
 """The ModelScope MODEL as a citizen of ComfyUI: types, streaming, LoRA, caches that nobody sees, previews, memory."""
 
+import gc
+import weakref
+
 import comfy.hooks
 import comfy.model_management
 import comfy.ops
@@ -348,3 +351,16 @@ def test_memory_estimate_is_what_the_published_network_uses(loaded, monkeypatch,
     monkeypatch.setattr(model, "get_dtype_inference", lambda: dtype)
     monkeypatch.setitem(model.model_config.unet_config, "model_channels", 320)
     assert 1.0 <= model.memory_required(shape) / activations.peak < 1.15
+
+
+def test_unloaded_models_are_freed(modelscope_folder):
+    model, clip, vae = modelscope.load_folder(modelscope_folder, "default")
+    vae.decode(run(model, clip))
+    alive = [weakref.ref(part) for part in (model.model, clip.cond_stage_model, vae.first_stage_model)]
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert all(patcher in loaded for patcher in (clip.patcher, vae.patcher))
+    comfy.model_management.unload_all_models()
+    assert comfy.model_management.current_loaded_models == []
+    del model, clip, vae, loaded
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None, None]
