@@ -5,13 +5,17 @@ from pathlib import Path
 
 import torch
 
-from ..models.unet3d import ModelScopeUNet
 from . import folders, single_file
-from .families import MODELSCOPE
+from .families import FAMILIES
 from .network import build_on_meta, compare
 from .weights import find_weights, read_weights
 
 FILE_PREFIX = "diffusion_models/"
+COMPONENTS = (
+    ("text_encoder", ("model", "pytorch_model")),
+    ("image_encoder", ("model", "pytorch_model")),
+    ("vae", ("diffusion_pytorch_model",)),
+)
 
 
 def list_sources() -> list[str]:
@@ -47,19 +51,17 @@ def report(name: str) -> str:
 
 def _report_folder(folder: Path) -> list[str]:
     found = folders.network_class(folder)
-    if found != MODELSCOPE.network_class:
-        return [
-            f"Family: none of this pack's ({found or 'no readable unet or transformer configuration'})",
-            "To load it: use the node made for this model.",
-        ]
-    config_file = folder / MODELSCOPE.component / "config.json"
-    files = find_weights(folder / MODELSCOPE.component, "diffusion_pytorch_model")
-    network = build_on_meta(ModelScopeUNet, folders.read_config(config_file), str(config_file))
-    lines = [f"Family: {MODELSCOPE.title}", f"Network files: {', '.join(file.name for file in files)}"]
-    lines += _report_state(read_weights(files), network, "Load ModelScope")
+    family = next((family for family in FAMILIES.values() if family.network_class == found), None)
+    if family is None:
+        description = found or "no readable unet or transformer configuration"
+        return [f"Family: none of this pack's ({description})", "To load it: use the node made for this model."]
+    config_file = folder / family.component / "config.json"
+    files = find_weights(folder / family.component, "diffusion_pytorch_model")
+    network = build_on_meta(family.network, folders.read_config(config_file), str(config_file))
+    lines = [f"Family: {family.title}", f"Network files: {', '.join(file.name for file in files)}"]
+    lines += _report_state(read_weights(files), network, family.loader)
     return lines + [
-        _report_component(folder, *component)
-        for component in (("text_encoder", ("model", "pytorch_model")), ("vae", ("diffusion_pytorch_model",)))
+        _report_component(folder, *component) for component in COMPONENTS if (folder / component[0]).exists()
     ]
 
 
@@ -76,14 +78,16 @@ def _report_component(folder: Path, component: str, stems: tuple[str, ...]) -> s
 
 def _report_file(path: Path) -> list[str]:
     state = single_file.network_keys(read_weights([path]), str(path))
-    if single_file.detect_family(state) is None:
+    family = single_file.detect_family(state)
+    if family is None:
+        keys = ", ".join(sorted(state)[:3])
         return [
-            f"Family: none of this pack's (keys such as {', '.join(sorted(state)[:3])})",
+            f"Family: none of this pack's (keys such as {keys})",
             _count(state),
             "To load it: use the node made for this model.",
         ]
-    network = build_on_meta(ModelScopeUNet, single_file.unet3d_config(state), str(path))
-    return [f"Family: {MODELSCOPE.title}", *_report_state(state, network, "Load Video Diffusion Model")]
+    network = build_on_meta(family.network, single_file.network_config(family, state), str(path))
+    return [f"Family: {family.title}", *_report_state(state, network, "Load Video Diffusion Model")]
 
 
 def _report_state(state: dict[str, torch.Tensor], network: torch.nn.Module, loader: str) -> list[str]:

@@ -1,6 +1,13 @@
-"""The published model families: how each is recognised and where it is published."""
+"""The published model families: how each is recognised, what it is made of, and where it is published."""
 
 from dataclasses import dataclass
+
+import torch
+
+from ..models.i2vgenxl import I2VGenXLModel
+from ..models.i2vgenxl_unet import I2VGenXLUNet
+from ..models.modelscope import ModelScopeModel
+from ..models.unet3d import ModelScopeUNet
 
 
 @dataclass(frozen=True)
@@ -10,25 +17,82 @@ class Family:
     Args:
         name: key used in node widgets.
         title: name shown to users.
+        loader: display name of the node that loads its folders.
+        repository: where the weights are published.
         component: sub-folder of the network in a diffusers folder.
         network_class: `_class_name` in that folder's config.json.
-        repository: where the weights are published.
-        marker: state dict key that only this family has.
+        marker: state dict key that tells the network from the other families'.
+        network: our class of the network; built from config.json.
+        model: how ComfyUI calls it.
+        text_layer: hidden state of the text encoder that it takes, "last" or "penultimate".
+        scheduler: scheduler/scheduler_config.json as published, for files that carry none.
+        dtypes: types it computes well in, preferred first.
     """
 
     name: str
     title: str
+    loader: str
+    repository: str
     component: str
     network_class: str
-    repository: str
     marker: str
+    network: type
+    model: type
+    text_layer: str
+    scheduler: dict
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
 
 
 MODELSCOPE = Family(
     name="modelscope",
     title="ModelScope text-to-video",
+    loader="Load ModelScope",
+    repository="ali-vilab/text-to-video-ms-1.7b",
     component="unet",
     network_class="UNet3DConditionModel",
-    repository="ali-vilab/text-to-video-ms-1.7b",
     marker="transformer_in.norm.weight",
+    network=ModelScopeUNet,
+    model=ModelScopeModel,
+    text_layer="last",
+    scheduler={
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+    },
 )
+
+I2VGENXL = Family(
+    name="i2vgenxl",
+    title="I2VGen-XL",
+    loader="Load I2VGen-XL",
+    repository="ali-vilab/i2vgen-xl",
+    component="unet",
+    network_class="I2VGenXLUNet",
+    marker="image_latents_proj_in.0.weight",
+    network=I2VGenXLUNet,
+    model=I2VGenXLModel,
+    text_layer="penultimate",
+    scheduler={
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "squaredcos_cap_v2",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "thresholding": False,
+        "timestep_spacing": "leading",
+    },
+)
+
+# Families that share keys come after those with a marker of their own.
+FAMILIES = {family.name: family for family in (I2VGENXL, MODELSCOPE)}

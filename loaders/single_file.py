@@ -8,14 +8,12 @@ import folder_paths
 import torch
 
 from ..models.latent_format import FrameLatentFormat
-from ..models.unet3d import ModelScopeUNet
 from . import original_modelscope
-from .families import MODELSCOPE, Family
-from .modelscope import PUBLISHED_SCHEDULER, assemble
+from .assembly import assemble
+from .families import FAMILIES, Family
 from .network import build_on_meta
 from .weights import read_weights
 
-FAMILIES = {family.name: family for family in (MODELSCOPE,)}
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "module.")
 
 
@@ -59,12 +57,8 @@ def detect_family(state: Mapping[str, torch.Tensor]) -> Family | None:
     return next((family for family in FAMILIES.values() if family.marker in state), None)
 
 
-def unet3d_config(state: Mapping[str, torch.Tensor]) -> dict:
-    """The configuration of a `UNet3DConditionModel` read from its shapes; what shapes do not tell is as published.
-
-    Args:
-        state: has the family's marker key.
-    """
+def network_config(family: Family, state: Mapping[str, torch.Tensor]) -> dict:
+    """The configuration of a family's network read from its shapes; what shapes do not tell is as published."""
     down = _count(state, "down_blocks.{}.resnets.0.conv1.weight")
     attention = [f"down_blocks.{level}.attentions.0.proj_in.weight" in state for level in range(down)]
     text = next(
@@ -76,7 +70,7 @@ def unet3d_config(state: Mapping[str, torch.Tensor]) -> dict:
         None,
     )
     return {
-        "in_channels": _size(state, "conv_in.weight", 1, 4),
+        "in_channels": _size(state, "conv_out.weight", 0, 4),
         "out_channels": _size(state, "conv_out.weight", 0, 4),
         "block_out_channels": [
             _size(state, f"down_blocks.{level}.resnets.0.conv1.weight", 0, 0) for level in range(down)
@@ -114,26 +108,24 @@ def load_file(
         ValueError: the file is damaged, of another family, or has missing, unexpected or misshapen keys.
     """
     state = network_keys(read_weights([path]), str(path))
-    check_family(path, state, family_name)
-    network = build_on_meta(ModelScopeUNet, unet3d_config(state), str(path))
+    family = choose_family(path, state, family_name)
+    network = build_on_meta(family.network, network_config(family, state), str(path))
+    latent_format = FrameLatentFormat()
     patcher = assemble(
-        network, state, weight_dtype, PUBLISHED_SCHEDULER, FrameLatentFormat(), str(path), disable_dynamic
+        family, network, state, weight_dtype, family.scheduler, latent_format, str(path), disable_dynamic
     )
     patcher.cached_patcher_init = (load_file, (path, family_name, weight_dtype))
     return patcher
 
 
-def check_family(path: Path, state: Mapping[str, torch.Tensor], family_name: str) -> None:
-    """Raise ValueError unless the state dict is of the named family (any known one for "auto")."""
+def choose_family(path: Path, state: Mapping[str, torch.Tensor], family_name: str) -> Family:
+    """The family of a state dict, which has to be the named one unless that is "auto"; else a ValueError."""
     detected = detect_family(state)
-    if detected is None or family_name not in ("auto", detected.name):
-        expected = (
-            " or ".join(family.title for family in FAMILIES.values())
-            if family_name == "auto"
-            else FAMILIES[family_name].title
-        )
-        found = detected.title if detected else f"keys such as {', '.join(sorted(state)[:3])}"
-        raise ValueError(
-            f"{path} is not a network of {expected}: found {found}. Choose another file, or load it with the node "
-            f"made for it."
-        )
+    if detected is not None and family_name in ("auto", detected.name):
+        return detected
+    wanted = FAMILIES.values() if family_name == "auto" else [FAMILIES[family_name]]
+    found = detected.title if detected else f"keys such as {', '.join(sorted(state)[:3])}"
+    raise ValueError(
+        f"{path} is not a network of {' or '.join(family.title for family in wanted)}: found {found}. "
+        "Choose another file, or load it with the node made for it."
+    )

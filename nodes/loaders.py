@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io, ui
 
-from ..loaders import audit, fingerprint, folders, modelscope, single_file
+from ..loaders import audit, fingerprint, folders, single_file
 from ..loaders import vae as vaes
-from ..loaders.families import MODELSCOPE
+from ..loaders.families import FAMILIES, MODELSCOPE
 from ..loaders.network import WEIGHT_DTYPES
 
 CATEGORY = "ConsistentVideo/loaders"
@@ -58,7 +58,7 @@ class ModelScopeLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(*modelscope.load_folder(folders.find_checkpoint(checkpoint), weight_dtype))
+        return io.NodeOutput(*checkpoint.load_folder(MODELSCOPE, folders.find_checkpoint(checkpoint), weight_dtype))
 
 
 class DiffusionModelLoader(io.ComfyNode):
@@ -79,7 +79,7 @@ class DiffusionModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "family",
-                    options=["auto", *single_file.FAMILIES],
+                    options=["auto", *FAMILIES],
                     default="auto",
                     tooltip="The published system that the weights belong to; auto recognises it by its keys.",
                 ),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_checkpoints
-from consistent_video.loaders import audit, folders, modelscope, network, single_file, weights
+from consistent_video.loaders import assembly, audit, checkpoint, folders, network, single_file, weights
 from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.models.unet3d import ModelScopeUNet
 
@@ -71,20 +71,22 @@ def test_published_file_layouts_load(copy, unet_state, layout):
         damage.write_shards(unet, half, index_name=f"{WEIGHTS}.safetensors.index.fp16.json")
     else:
         damage.write_shards(unet, unet_state, ".bin" if layout == "sharded_bin" else ".safetensors")
-    assert_same_weights(modelscope.load_folder_network(copy, "default"), half if "fp16" in layout else unet_state)
+    assert_same_weights(
+        assembly.load_folder_network(MODELSCOPE, copy, "default"), half if "fp16" in layout else unet_state
+    )
 
 
 def test_half_types_prefer_the_fp16_variant(copy, unet_state):
     marked = {key: (value + 1).half() for key, value in unet_state.items()}
     save_file(marked, copy / "unet" / f"{WEIGHTS}.fp16.safetensors")
-    assert_same_weights(modelscope.load_folder_network(copy, "fp32"), unet_state)
-    half = modelscope.load_folder_network(copy, "fp16")
+    assert_same_weights(assembly.load_folder_network(MODELSCOPE, copy, "fp32"), unet_state)
+    half = assembly.load_folder_network(MODELSCOPE, copy, "fp16")
     assert_same_weights(half, marked)
     assert half.model.get_dtype() == torch.float16
 
 
 def test_fp8_keeps_norms_and_biases_in_sixteen_bits(modelscope_folder):
-    state = loaded_weights(modelscope.load_folder_network(modelscope_folder, "fp8_e4m3fn"))
+    state = loaded_weights(assembly.load_folder_network(MODELSCOPE, modelscope_folder, "fp8_e4m3fn"))
     assert {value.dtype for value in state.values() if value.ndim > 1} == {torch.float8_e4m3fn}
     assert {value.dtype for value in state.values() if value.ndim == 1} == {torch.bfloat16}
 
@@ -104,7 +106,7 @@ def test_published_size_matches_key_by_key():
     published = network.build_on_meta(ModelScopeUNet, {}, "published")
     state = published.state_dict()
     assert sum(value.numel() for value in state.values()) == 1_411_233_860
-    assert single_file.unet3d_config(state) == {
+    assert single_file.network_config(MODELSCOPE, state) == {
         "in_channels": 4,
         "out_channels": 4,
         "block_out_channels": [320, 640, 1280, 1280],
@@ -113,7 +115,9 @@ def test_published_size_matches_key_by_key():
         "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
         "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
     }
-    assert not network.compare(state, network.build_on_meta(ModelScopeUNet, single_file.unet3d_config(state), ""))
+    assert not network.compare(
+        state, network.build_on_meta(ModelScopeUNet, single_file.network_config(MODELSCOPE, state), "")
+    )
 
 
 @pytest.mark.parametrize("name", ["network.safetensors", "network.pth"])
@@ -127,8 +131,8 @@ def test_text_encoder_without_prefix_loads(copy, modelscope_folder):
     path = copy / "text_encoder" / "model.safetensors"
     state = load_file(path)
     save_file({key.removeprefix("text_model."): value for key, value in state.items()}, path)
-    expected = modelscope.load_folder(modelscope_folder, "default")[1].encode("a cat")
-    assert torch.equal(modelscope.load_folder(copy, "default")[1].encode("a cat"), expected)
+    expected = checkpoint.load_folder(MODELSCOPE, modelscope_folder, "default")[1].encode("a cat")
+    assert torch.equal(checkpoint.load_folder(MODELSCOPE, copy, "default")[1].encode("a cat"), expected)
 
 
 def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
@@ -137,7 +141,7 @@ def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
     (copy / "unet" / "config.json").write_text(json.dumps(config))
     (copy / "model_index.json").write_text(json.dumps({"unet": ["other", "MyUNet3D"]}))
     assert copy.name in folders.list_checkpoints(MODELSCOPE)
-    assert_same_weights(modelscope.load_folder_network(copy, "default"), unet_state)
+    assert_same_weights(assembly.load_folder_network(MODELSCOPE, copy, "default"), unet_state)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
 def test_damage_is_named_with_a_remedy(copy, how, words):
     how(copy)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        modelscope.load_folder(copy, "default")
+        checkpoint.load_folder(MODELSCOPE, copy, "default")
     message = str(caught.value).replace("\\", "/")
     assert str(copy).replace("\\", "/") in message
     assert [word for word in words if word not in message] == []
@@ -169,7 +173,7 @@ def test_damage_is_named_with_a_remedy(copy, how, words):
 
 def test_single_file_of_another_family_is_refused(single):
     path = single({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)})
-    with pytest.raises(ValueError, match="not a network of ModelScope.*input_blocks.0.0.weight") as caught:
+    with pytest.raises(ValueError, match="not a network of .*ModelScope.*input_blocks.0.0.weight") as caught:
         single_file.load_file(path, "auto", "default")
     assert str(path) in str(caught.value)
 

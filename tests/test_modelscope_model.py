@@ -14,7 +14,8 @@ from diffusers import UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 
 import nodes
-from consistent_video.loaders import lora, modelscope
+from consistent_video.loaders import assembly, checkpoint, lora
+from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.models.adopt import adopt
 from consistent_video.models.latent_format import FrameLatentFormat, frame_grid
 from consistent_video.models.unet3d import REPLACEMENTS, ModelScopeUNet
@@ -28,7 +29,7 @@ LAYERS = (f"{ATTENTION}.to_k", f"{ATTENTION}.to_out.0", f"{TEMPORAL}.to_v")
 
 @pytest.fixture(scope="module")
 def loaded(modelscope_folder):
-    return modelscope.load_folder(modelscope_folder, "default")
+    return checkpoint.load_folder(MODELSCOPE, modelscope_folder, "default")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def diffusers_unet(folder, state):
 
 
 def test_fp16_weights_compute_in_fp32(modelscope_folder, unet_state):
-    model = modelscope.load_folder_network(modelscope_folder, "fp16").model
+    model = assembly.load_folder_network(MODELSCOPE, modelscope_folder, "fp16").model
     assert (model.get_dtype(), model.manual_cast_dtype) == (torch.float16, torch.float32)
     rounded = diffusers_unet(modelscope_folder, {key: value.half().float() for key, value in unet_state.items()})
     x, text, timesteps = noise_of(2, 4, 5, 8, 8), noise_of(2, 77, 64, seed=1), torch.tensor([10.0, 700.0])
@@ -152,7 +153,7 @@ def with_lora_by_hand(modelscope_folder, unet_state, loaded):
     state = dict(unet_state)
     for key, (up, down) in lora_matrices().items():
         state[f"{key}.weight"] = state[f"{key}.weight"] + 0.5 * (4.0 / 2.0) * up @ down
-    by_hand = modelscope.load_folder_network(modelscope_folder, "default")
+    by_hand = assembly.load_folder_network(MODELSCOPE, modelscope_folder, "default")
     by_hand.model.diffusion_model.load_state_dict(state, assign=True)
     return run(by_hand, loaded[1])
 
@@ -354,7 +355,7 @@ def test_memory_estimate_is_what_the_published_network_uses(loaded, monkeypatch,
 
 
 def test_unloaded_models_are_freed(modelscope_folder):
-    model, clip, vae = modelscope.load_folder(modelscope_folder, "default")
+    model, clip, vae = checkpoint.load_folder(MODELSCOPE, modelscope_folder, "default")
     vae.decode(run(model, clip))
     alive = [weakref.ref(part) for part in (model.model, clip.cond_stage_model, vae.first_stage_model)]
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline, VideoToVideoSDPipeline
 
-from consistent_video.loaders import modelscope
+from consistent_video.loaders import checkpoint
+from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.samplers import reference, schedules
 from native_sampling import conditioning, sample
 
@@ -23,7 +24,7 @@ def pipeline(modelscope_folder):
 
 @pytest.fixture(scope="module")
 def loaded(modelscope_folder):
-    return modelscope.load_folder(modelscope_folder, "default")
+    return checkpoint.load_folder(MODELSCOPE, modelscope_folder, "default")
 
 
 def noise_of(*shape, seed=0):

@@ -227,7 +227,7 @@ def test_other_missing_keys_are_left_out(tiny):
 def test_loader_reads_the_configuration_of_a_converted_file(tiny):
     state = single_file.network_keys(tiny, "clip.pth")
     assert single_file.detect_family(state).name == "modelscope"
-    config = single_file.unet3d_config(state)
+    config = single_file.network_config(single_file.detect_family(state), state)
     assert config["block_out_channels"] == [64, 128]
     assert config["layers_per_block"] == 1
     assert config["down_block_types"] == ["CrossAttnDownBlock3D", "DownBlock3D"]

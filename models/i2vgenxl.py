@@ -1,0 +1,70 @@
+"""I2VGen-XL in ComfyUI."""
+
+import comfy.conds
+import comfy.model_management
+import torch
+
+from .modelscope import ModelScopeModel
+
+IMAGE_LATENT = "i2vgenxl_image_latent"
+IMAGE_EMBEDDING = "i2vgenxl_image_embedding"
+FPS = "i2vgenxl_fps"
+
+
+def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
+    """The picture's latent (B, 4, h, w), then planes of the frames' positions i / (F - 1): (B, 4, F, h, w)."""
+    positions = torch.arange(frames, device=first.device, dtype=first.dtype) / max(frames - 1, 1)
+    planes = positions.view(1, 1, -1, 1, 1).repeat(*first.shape[:2], 1, *first.shape[2:])
+    planes[:, :, 0] = first
+    return planes
+
+
+class I2VGenXLModel(ModelScopeModel):
+    """`I2VGenXLUNet` with everything that only depends on the conditioning computed once per sampling run."""
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Conditioning of one prompt, made by the conditioning node.
+
+        Raises:
+            ValueError: the conditioning lacks the picture, or was made for clips of another size.
+        """
+        conds = super(ModelScopeModel, self).extra_conds(**kwargs)
+        text, fps, picture, embedding = self._inputs(**kwargs)
+        if kwargs.get("hooks") is not None:
+            conds["c_crossattn"] = comfy.conds.CONDCrossAttn(text)
+            conds["image_latents"] = comfy.conds.CONDNoiseShape(picture)
+            conds["image_embeddings"] = comfy.conds.CONDRegular(embedding)
+            conds["fps"] = comfy.conds.CONDRegular(fps)
+            return conds
+        condition = self.diffusion_model.condition(text, picture, embedding, fps)
+        many = condition.keys_values.ndim == 4
+        conds["keys_values"] = (comfy.conds.CONDRegular if many else comfy.conds.CONDCrossAttn)(condition.keys_values)
+        conds["picture"] = comfy.conds.CONDNoiseShape(condition.picture)
+        conds["fps_embedding"] = comfy.conds.CONDRegular(condition.fps)
+        return conds
+
+    def _inputs(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Text, frame rate, image latents and image embedding of one prompt, for as many clips as it describes."""
+        if IMAGE_LATENT not in kwargs:
+            raise ValueError("I2VGen-XL needs a picture: connect both prompts through I2VGen-XL Conditioning.")
+        noise, dtype = kwargs["noise"], self.get_dtype_inference()
+        first = self.process_latent_in(kwargs[IMAGE_LATENT])
+        if first.shape[-2:] != noise.shape[-2:]:
+            raise ValueError(
+                f"The picture was prepared for latents of {tuple(first.shape[-2:])} (height, width), but the latent to "
+                f"sample has {tuple(noise.shape[-2:])}. Sample the latent that I2VGen-XL Conditioning returns."
+            )
+        embedding = kwargs[IMAGE_EMBEDDING]
+        if embedding.shape[1] not in (1, noise.shape[2]):
+            raise ValueError(
+                f"The image embedding has {embedding.shape[1]} frames, but the latent to sample has {noise.shape[2]}."
+            )
+        parts = (kwargs["cross_attn"], image_latents(first, noise.shape[2]), embedding)
+        clips = max(part.shape[0] for part in parts)
+        parts = [_repeat(comfy.model_management.cast_to_device(part, kwargs["device"], dtype), clips) for part in parts]
+        fps = torch.full((clips,), float(kwargs[FPS]), device=kwargs["device"])
+        return parts[0], fps, parts[1], parts[2]
+
+
+def _repeat(tensor: torch.Tensor, clips: int) -> torch.Tensor:
+    return tensor.expand(clips, *tensor.shape[1:]) if tensor.shape[0] == 1 else tensor
