@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import comfy.clip_vision
 import comfy.model_patcher
 import comfy.sd
 
+from ..models.frame_vae import FrameVAE
 from .assembly import load_folder_network
 from .families import Family
 from .network import WEIGHT_DTYPES
 from .text_encoder import load_text_encoder, load_text_encoder_patcher
-from .vae import FrameVAE, load_vae, load_vae_patcher
+from .vae import load_vae, load_vae_patcher
+from .vision import load_vision_patcher, load_vision_tower
 from .weights import HALF_TYPES
 
 
@@ -33,3 +36,15 @@ def load_folder(
     vae = load_vae(folder, half)
     vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, half))
     return model, clip, vae
+
+
+def load_folder_vision(folder: Path, weight_dtype: str) -> comfy.clip_vision.ClipVisionModel:
+    """Load the vision tower of a folder (`image_encoder`).
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or does not fit its configuration.
+    """
+    half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
+    vision = load_vision_tower(folder, half)
+    vision.patcher.cached_patcher_init = (load_vision_patcher, (folder, half))
+    return vision

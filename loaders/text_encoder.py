@@ -9,7 +9,7 @@ import torch
 
 from .folders import read_config, read_config_or
 from .network import compare
-from .weights import find_weights, read_weights
+from .weights import find_weights, read_weights, transformers_stem
 
 PREFIX = "text_model."
 REQUIRED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
@@ -42,7 +42,7 @@ def load_text_encoder(
     """
     config = _text_config(folder / "text_encoder" / "config.json")
     pad_token = _pad_token(folder / "tokenizer")
-    files = find_weights(folder / "text_encoder", _weights_stem(folder / "text_encoder"), prefer_half)
+    files = find_weights(folder / "text_encoder", transformers_stem(folder / "text_encoder"), prefer_half)
     state = _published_keys(read_weights(files))
     clip = comfy.sd.CLIP(
         _Target(_model_class(config, layer, pad_token), _tokenizer_class(folder / "tokenizer", config, pad_token)),
@@ -58,11 +58,6 @@ def load_text_encoder(
 def load_text_encoder_patcher(folder: Path, layer: str, prefer_half: bool, disable_dynamic: bool = False):
     """Load the text encoder again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
     return load_text_encoder(folder, layer, prefer_half, disable_dynamic).patcher
-
-
-def _weights_stem(folder: Path) -> str:
-    """transformers names its files `model*.safetensors` but `pytorch_model*.bin`."""
-    return "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
 
 
 def _text_config(path: Path) -> dict:

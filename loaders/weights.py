@@ -47,6 +47,11 @@ def find_weights(folder: Path, stem: str, prefer_half: bool = False) -> list[Pat
     )
 
 
+def transformers_stem(folder: Path) -> str:
+    """File name stem of a component that transformers saved: `model*.safetensors`, but `pytorch_model*.bin`."""
+    return "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
+
+
 def _index_file(folder: Path, stem: str, variant: str, suffix: str) -> Path | None:
     """The index of a sharded component; library versions put the variant before or after `.index`."""
     names = (

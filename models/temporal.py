@@ -3,6 +3,7 @@
 import torch
 from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 
 
 def as_clip(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -40,3 +41,15 @@ class TemporalTransformer(TransformerTemporalModel):
             tokens = tokens + block.ff(block.norm3(tokens))
         tokens = self.proj_out(tokens).view(-1, height, width, num_frames, channels)
         return hidden + tokens.permute(0, 3, 4, 1, 2).flatten(0, 1)
+
+
+class PictureEncoder(I2VGenXLTransformerTemporalEncoder):
+    """I2VGen-XL's encoder of the picture planes: one self-attention over the frames of each pixel."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Transform pixels (N, F, C)."""
+        pixels = pixels + self.attn1(self.norm1(pixels))
+        hidden = pixels
+        for layer in self.ff.net:
+            hidden = layer(hidden)
+        return pixels + hidden

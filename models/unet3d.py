@@ -14,8 +14,9 @@ from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
+from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 
-from .temporal import TemporalConv, TemporalTransformer, as_clip, as_frames
+from .temporal import PictureEncoder, TemporalConv, TemporalTransformer, as_clip, as_frames
 from .transformer import ChunkedFeedForward, OptimizedAttention, SpatialTransformer
 
 REPLACEMENTS = {
@@ -24,6 +25,7 @@ REPLACEMENTS = {
     Transformer2DModel: SpatialTransformer,
     TransformerTemporalModel: TemporalTransformer,
     TemporalConvLayer: TemporalConv,
+    I2VGenXLTransformerTemporalEncoder: PictureEncoder,
 }
 
 

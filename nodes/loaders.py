@@ -3,9 +3,10 @@
 from comfy_api.latest import io, ui
 
 from ..loaders import audit, fingerprint, folders, single_file
-from ..loaders import vae as vaes
-from ..loaders.families import FAMILIES, MODELSCOPE
+from ..loaders.checkpoint import load_folder, load_folder_vision
+from ..loaders.families import FAMILIES, I2VGENXL, MODELSCOPE, Family
 from ..loaders.network import WEIGHT_DTYPES
+from ..models.frame_vae import over_frames
 
 CATEGORY = "ConsistentVideo/loaders"
 
@@ -22,6 +23,16 @@ def weight_dtype_input() -> io.Combo.Input:
     )
 
 
+def checkpoint_input(family: Family, components: str) -> io.Combo.Input:
+    """The widget that chooses a folder of a family."""
+    return io.Combo.Input(
+        "checkpoint",
+        options=folders.list_checkpoints(family),
+        tooltip=f"Folder under models/diffusers with sub-folders {components}, scheduler; "
+        f"published as {family.repository}.",
+    )
+
+
 class ModelScopeLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -33,12 +44,7 @@ class ModelScopeLoader(io.ComfyNode):
             "native samplers, LoRA loaders and VAE nodes.",
             search_aliases=["modelscope", "text to video", "t2v", "videofusion", "zeroscope", "potat1", "animov"],
             inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=folders.list_checkpoints(MODELSCOPE),
-                    tooltip=f"Folder under models/diffusers with sub-folders unet, vae, text_encoder, tokenizer, "
-                    f"scheduler; published as {MODELSCOPE.repository}.",
-                ),
+                checkpoint_input(MODELSCOPE, "unet, vae, text_encoder, tokenizer"),
                 weight_dtype_input(),
             ],
             outputs=[
@@ -58,7 +64,44 @@ class ModelScopeLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(*checkpoint.load_folder(MODELSCOPE, folders.find_checkpoint(checkpoint), weight_dtype))
+        return io.NodeOutput(*load_folder(MODELSCOPE, folders.find_checkpoint(checkpoint), weight_dtype))
+
+
+class I2VGenXLLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoI2VGenXLLoader",
+            display_name="Load I2VGen-XL",
+            category=CATEGORY,
+            description="Loads an I2VGen-XL checkpoint folder: picture and text to video with native samplers, LoRA "
+            "loaders and VAE nodes.",
+            search_aliases=["i2vgenxl", "i2vgen", "image to video", "i2v"],
+            inputs=[
+                checkpoint_input(I2VGENXL, "unet, vae, text_encoder, tokenizer, image_encoder"),
+                weight_dtype_input(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The 3-D UNet; takes what I2VGen-XL Conditioning makes."),
+                io.Clip.Output(tooltip="The OpenCLIP text encoder of the checkpoint."),
+                io.Vae.Output(tooltip="The image VAE of the checkpoint; decodes and encodes clips frame by frame."),
+                io.ClipVision.Output(tooltip="The OpenCLIP vision tower of the checkpoint."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return folders.explain_missing(I2VGENXL, checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
+        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+
+    @classmethod
+    def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
+        folder = folders.find_checkpoint(checkpoint)
+        parts = load_folder(I2VGENXL, folder, weight_dtype)
+        return io.NodeOutput(*parts, load_folder_vision(folder, weight_dtype))
 
 
 class DiffusionModelLoader(io.ComfyNode):
@@ -122,7 +165,7 @@ class FrameVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae) -> io.NodeOutput:
-        return io.NodeOutput(vaes.over_frames(vae))
+        return io.NodeOutput(over_frames(vae))
 
 
 class CheckpointAudit(io.ComfyNode):
@@ -156,4 +199,4 @@ class CheckpointAudit(io.ComfyNode):
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
-NODES = [ModelScopeLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]
+NODES = [ModelScopeLoader, I2VGenXLLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]

@@ -29,6 +29,11 @@ def modelscope_folder(models_folder):
 
 
 @pytest.fixture(scope="session")
+def i2vgenxl_folder(models_folder):
+    return models_folder / "diffusers" / tiny_checkpoints.I2VGENXL_NAME
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A live ComfyUI server with this pack and checkpoints of its own, which a test may damage."""
     folder = tmp_path_factory.mktemp("comfyui")

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet3DConditionModel
+from diffusers import AutoencoderKL, I2VGenXLUNet, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 MODELSCOPE_NAME = "text-to-video-ms-1.7b"
 ORIGINAL_NAME = "text2video_pytorch_model.pth"
@@ -23,6 +29,26 @@ MODELSCOPE_UNET = {
     "cross_attention_dim": TEXT_WIDTH,
     "attention_head_dim": 64,
     "norm_num_groups": 32,
+}
+I2VGENXL_NAME = "i2vgen-xl"
+I2VGENXL_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.24.0.dev0",
+    "beta_end": 0.02,
+    "beta_schedule": "squaredcos_cap_v2",
+    "beta_start": 0.0001,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
 }
 MODELSCOPE_SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -102,8 +128,7 @@ def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
     write_image_vae(folder / "vae")
     write_text_encoder(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer", "!")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(MODELSCOPE_SCHEDULER))
+    write_scheduler(folder, MODELSCOPE_SCHEDULER)
     index = {
         "_class_name": "TextToVideoSDPipeline",
         "scheduler": ["diffusers", "DDIMScheduler"],
@@ -114,6 +139,61 @@ def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_image_encoder(folder: Path) -> None:
+    """A CLIP vision tower with projection, as published, and the picture statistics beside it."""
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    model = CLIPVisionModelWithProjection(config)
+    _spread(model)
+    model.save_pretrained(folder / "image_encoder")
+    path = folder / "image_encoder" / "model.safetensors"
+    state = {
+        key if key.startswith(("vision_model.", "visual_projection.")) else f"vision_model.{key}": value
+        for key, value in load_file(path).items()
+    }
+    save_file(state, path, metadata={"format": "pt"})
+    extractor = CLIPImageProcessor(crop_size={"height": 28, "width": 28}, size={"shortest_edge": 28})
+    extractor.save_pretrained(folder / "feature_extractor")
+
+
+def write_i2vgenxl(folder: Path, seed: int = 0) -> Path:
+    """An I2VGen-XL folder."""
+    torch.manual_seed(seed)
+    unet = I2VGenXLUNet(**{**MODELSCOPE_UNET, "num_attention_heads": 64})
+    _spread(unet)
+    unet.save_pretrained(folder / "unet")
+    write_image_vae(folder / "vae")
+    write_text_encoder(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer", "<|endoftext|>")
+    write_image_encoder(folder)
+    write_scheduler(folder, I2VGENXL_SCHEDULER)
+    index = {
+        "_class_name": "I2VGenXLPipeline",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "I2VGenXLUNet"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_scheduler(folder: Path, config: dict) -> None:
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
 
 
 def _modelscope_unet(seed: int, **settings) -> UNet3DConditionModel:
@@ -157,6 +237,7 @@ def _spread(model: torch.nn.Module) -> None:
 
 CHECKPOINTS = {
     f"diffusers/{MODELSCOPE_NAME}": write_modelscope,
+    f"diffusers/{I2VGENXL_NAME}": write_i2vgenxl,
     f"diffusion_models/{ORIGINAL_NAME}": write_original_modelscope,
     "vae_approx/taesd_encoder.safetensors": write_taesd,
     "vae_approx/taesd_decoder.safetensors": write_taesd,

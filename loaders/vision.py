@@ -1,0 +1,50 @@
+"""CLIP vision towers of diffusers folders as ComfyUI's CLIP_VISION, built from the folder's own configuration."""
+
+from pathlib import Path
+
+import comfy.clip_vision
+
+from .folders import read_config, read_config_or
+from .network import compare
+from .weights import find_weights, read_weights, transformers_stem
+
+# Of OpenCLIP ViT-H/14, and of transformers' CLIPVisionConfig where a published file is silent.
+DEFAULTS = {
+    "hidden_act": "quick_gelu",
+    "model_type": "clip_vision_model",
+    "num_channels": 3,
+    "projection_dim": 512,
+}
+REQUIRED = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
+
+
+def load_vision_tower(folder: Path, prefer_half: bool = False) -> comfy.clip_vision.ClipVisionModel:
+    """Load `<folder>/image_encoder`, a CLIP vision tower with projection, normalising as `feature_extractor` says.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or does not fit the configuration.
+    """
+    config_file = folder / "image_encoder" / "config.json"
+    config = {**DEFAULTS, **read_config(config_file)}
+    missing = [key for key in REQUIRED if key not in config]
+    if missing:
+        raise ValueError(
+            f"{config_file} lacks {', '.join(missing)}. Expected the configuration of a CLIP vision model with "
+            "projection; restore the published file."
+        )
+    statistics = read_config_or(folder / "feature_extractor" / "preprocessor_config.json", {})
+    config |= {key: statistics[key] for key in ("image_mean", "image_std") if key in statistics}
+    files = find_weights(folder / "image_encoder", transformers_stem(folder / "image_encoder"), prefer_half)
+    state = {key: value for key, value in read_weights(files).items() if not key.endswith("position_ids")}
+    vision = comfy.clip_vision.ClipVisionModel(config)
+    difference = compare(state, vision.model)
+    if difference:
+        names = ", ".join(map(str, files))
+        raise ValueError(f"{names} does not fit {config_file}: {difference.summary()}. Restore the published files.")
+    vision.load_sd(state)
+    return vision
+
+
+def load_vision_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):
+    """Load the vision tower again for ComfyUI's own use (other devices); returns its patcher."""
+    return load_vision_tower(folder, prefer_half).patcher

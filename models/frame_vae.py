@@ -1,0 +1,89 @@
+"""Image VAEs that take clips: every frame of a 5-D latent is decoded, every frame of a clip encoded."""
+
+import comfy.sd
+import torch
+
+
+class FrameVAE(comfy.sd.VAE):
+    """`comfy.sd.VAE` over frames. Frames join the batch, which ComfyUI's own loop splits by free memory.
+
+    Latents (B, C, F, h, w) <-> images (B, F, H, W, 3) in 0..1. 4-D latents are decoded as ComfyUI's VAE does; an image
+    batch (F, H, W, 3) is encoded as one clip (1, C, F, h, w).
+    """
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict = {}) -> torch.Tensor:
+        """Decode latents to images."""
+        return _over_frames(lambda frames: super(FrameVAE, self).decode(frames, vae_options), samples_in)
+
+    def decode_tiled(self, samples: torch.Tensor, **tiling) -> torch.Tensor:
+        """Decode latents tile by tile; frames need no temporal tiles."""
+        return _over_frames(lambda frames: super(FrameVAE, self).decode_tiled(frames, **_spatial(tiling)), samples)
+
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        """Encode images (F, H, W, C) or (B, F, H, W, C) to latents (B, 4, F, h, w)."""
+        return _over_clips(super().encode, pixel_samples)
+
+    def encode_tiled(self, pixel_samples: torch.Tensor, **tiling) -> torch.Tensor:
+        """Encode images tile by tile to latents (B, 4, F, h, w)."""
+        return _over_clips(lambda frames: super(FrameVAE, self).encode_tiled(frames, **_spatial(tiling)), pixel_samples)
+
+    def encode_sample(self, pixel_samples: torch.Tensor, seed: int) -> torch.Tensor:
+        """Encode images (N, H, W, C) to a draw from the posterior, (N, 4, h, w), with noise drawn on the CPU.
+
+        Raises:
+            ValueError: the autoencoder predicts no distribution.
+        """
+        autoencoder = self.first_stage_model
+        if not hasattr(autoencoder, "quant_conv"):
+            raise ValueError(
+                f"{type(autoencoder).__name__} encodes to one latent, not to a distribution to draw from. "
+                "Choose the mode, or use the VAE of the checkpoint."
+            )
+        moments_vae = FrameVAE.__new__(FrameVAE)
+        moments_vae.__dict__.update(self.__dict__, first_stage_model=_Moments(autoencoder), latent_channels=8)
+        mean, log_variance = comfy.sd.VAE.encode(moments_vae, pixel_samples).chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
+        return mean + noise * (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
+
+
+class _Moments:
+    """The encoder half of an autoencoder, without choosing a latent: mean and log variance side by side."""
+
+    def __init__(self, autoencoder: torch.nn.Module):
+        self.autoencoder = autoencoder
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.autoencoder.quant_conv(self.autoencoder.encoder(pixels))
+
+
+def _spatial(tiling: dict) -> dict:
+    return {key: value for key, value in tiling.items() if key not in ("tile_t", "overlap_t")}
+
+
+def _over_frames(decode, latents: torch.Tensor) -> torch.Tensor:
+    if latents.ndim != 5:
+        return decode(latents)
+    frames = latents.movedim(2, 1).flatten(0, 1)
+    return decode(frames).unflatten(0, (latents.shape[0], latents.shape[2]))
+
+
+def _over_clips(encode, images: torch.Tensor) -> torch.Tensor:
+    clips, frames = images.shape[:2] if images.ndim == 5 else (1, images.shape[0])
+    latents = encode(images.flatten(0, 1) if images.ndim == 5 else images)
+    return latents.unflatten(0, (clips, frames)).movedim(1, 2)
+
+
+def over_frames(vae: comfy.sd.VAE) -> FrameVAE:
+    """The same image VAE (weights and patcher are shared) as one that takes clips.
+
+    Raises:
+        ValueError: the VAE is no image VAE.
+    """
+    if vae.latent_dim != 2:
+        raise ValueError(
+            f"This VAE has {vae.latent_dim}-D latents of its own and handles clips already. Connect it directly, or "
+            f"connect an image VAE."
+        )
+    frame_vae = FrameVAE.__new__(FrameVAE)
+    frame_vae.__dict__.update(vae.__dict__)
+    return frame_vae
