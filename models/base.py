@@ -73,3 +73,22 @@ class VideoModel(comfy.model_base.BaseModel):
     def get_dtype(self) -> torch.dtype:
         """Type of the stored weights (diffusers networks answer with the type of whatever layer comes first)."""
         return self.model_config.unet_config["dtype"]
+
+    def text_states(self, **kwargs) -> torch.Tensor:
+        """The prompt's text states (B, S, D) on the device and in the type of the computation.
+
+        Args:
+            cross_attn, device: what ComfyUI hands to `extra_conds`.
+
+        Raises:
+            ValueError: there is no prompt, or another text encoder made it.
+        """
+        text = kwargs.get("cross_attn")
+        width = self.diffusion_model.config.cross_attention_dim
+        found = None if text is None else text.shape[-1]
+        if found != width:
+            raise ValueError(
+                f"The prompt has {found or 'no'} values per token, but this network needs {width}. "
+                "Encode it with the CLIP that the checkpoint's loader returns."
+            )
+        return comfy.model_management.cast_to_device(text, kwargs["device"], self.get_dtype_inference())

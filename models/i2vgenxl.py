@@ -4,7 +4,7 @@ import comfy.conds
 import comfy.model_management
 import torch
 
-from .modelscope import ModelScopeModel
+from .unet3d_model import UNet3DModel
 
 IMAGE_LATENT = "i2vgenxl_image_latent"
 IMAGE_EMBEDDING = "i2vgenxl_image_embedding"
@@ -19,7 +19,7 @@ def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
     return planes
 
 
-class I2VGenXLModel(ModelScopeModel):
+class I2VGenXLModel(UNet3DModel):
     """`I2VGenXLUNet` with everything that only depends on the conditioning computed once per sampling run."""
 
     def extra_conds(self, **kwargs) -> dict:
@@ -28,7 +28,7 @@ class I2VGenXLModel(ModelScopeModel):
         Raises:
             ValueError: the conditioning lacks the picture, or was made for clips of another size.
         """
-        conds = super(ModelScopeModel, self).extra_conds(**kwargs)
+        conds = super().extra_conds(**kwargs)
         text, fps, picture, embedding = self._inputs(**kwargs)
         if kwargs.get("hooks") is not None:
             conds["c_crossattn"] = comfy.conds.CONDCrossAttn(text)
@@ -55,11 +55,17 @@ class I2VGenXLModel(ModelScopeModel):
                 f"sample has {tuple(noise.shape[-2:])}. Sample the latent that I2VGen-XL Conditioning returns."
             )
         embedding = kwargs[IMAGE_EMBEDDING]
+        width = self.diffusion_model.config.cross_attention_dim
+        if embedding.shape[-1] != width:
+            raise ValueError(
+                f"The vision tower embeds a picture in {embedding.shape[-1]} values, but I2VGen-XL needs {width}. "
+                "Use the CLIP_VISION that Load I2VGen-XL returns (OpenCLIP ViT-H/14)."
+            )
         if embedding.shape[1] not in (1, noise.shape[2]):
             raise ValueError(
                 f"The image embedding has {embedding.shape[1]} frames, but the latent to sample has {noise.shape[2]}."
             )
-        parts = (kwargs["cross_attn"], image_latents(first, noise.shape[2]), embedding)
+        parts = (self.text_states(**kwargs), image_latents(first, noise.shape[2]), embedding)
         clips = max(part.shape[0] for part in parts)
         parts = [_repeat(comfy.model_management.cast_to_device(part, kwargs["device"], dtype), clips) for part in parts]
         fps = torch.full((clips,), float(kwargs[FPS]), device=kwargs["device"])

@@ -86,7 +86,8 @@ class ComfyServer:
         if self.pack and not link.is_symlink():
             link.symlink_to(ROOT, target_is_directory=True)
         self.port = _free_port()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        # spinning OpenMP threads would stall each other when processes share few cores
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 self._command(), cwd=self.comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT
