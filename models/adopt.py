@@ -1,11 +1,13 @@
 """Make a network of another library a citizen of ComfyUI's memory management.
 
 `comfy.ops` layers subclass torch's and add class attributes only, so a built network is adopted by changing the class
-of its layers:
-weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA patches.
+of its layers: weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA
+patches.
 """
 
 import torch
+
+from .convolution import FewPixelConvolution
 
 ADOPTED_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding")
 
@@ -19,6 +21,7 @@ def adopt(network: torch.nn.Module, operations: type, replacements: dict[type, t
         replacements: module class -> its subclass (same attributes, another `forward`).
     """
     classes = {getattr(torch.nn, name): getattr(operations, name) for name in ADOPTED_LAYERS}
+    classes[torch.nn.Conv2d] = type("Conv2d", (FewPixelConvolution, operations.Conv2d), {})
     classes.update(replacements or {})
     for module in network.modules():
         module.__class__ = classes.get(type(module), type(module))

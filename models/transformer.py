@@ -12,10 +12,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch.nn.functional import gelu, linear
 
-# Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 1024 rows stays near the caches; on other devices
+# Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 512 rows stays near the caches; on other devices
 # chunks only bound memory.
-CPU_ROWS = 1024
+CPU_ROWS = 512
 DEVICE_ROWS = 65536
 
 
@@ -39,23 +40,31 @@ class ChunkedFeedForward(FeedForward):
     """GEGLU feed-forward with the wide hidden layer of a bounded number of rows at a time; weights are fetched once."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        limit = CPU_ROWS if comfy.model_management.is_device_cpu(hidden.device) else DEVICE_ROWS
+        on_cpu = comfy.model_management.is_device_cpu(hidden.device)
+        limit, geglu = (CPU_ROWS, _geglu_columns) if on_cpu else (DEVICE_ROWS, _geglu_rows)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if rows.shape[0] <= limit:
+        if rows.shape[0] <= limit and not on_cpu:
             return super().forward(hidden)
         wide, narrow = self.net[0].proj, self.net[2]
         wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)
         narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)
         out = torch.empty_like(rows)
-        for start in range(0, rows.shape[0], limit):
-            value, gate = torch.nn.functional.linear(rows[start : start + limit], wide_weight, wide_bias).chunk(
-                2, dim=-1
-            )
-            value = value * torch.nn.functional.gelu(gate)
-            out[start : start + limit] = torch.nn.functional.linear(value, narrow_weight, narrow_bias)
+        for chunk, target in zip(rows.split(limit), out.split(limit)):
+            target.copy_(geglu(chunk, wide_weight, wide_bias, narrow_weight, narrow_bias))
         comfy.ops.uncast_bias_weight(wide, wide_weight, wide_bias, wide_stream)
         comfy.ops.uncast_bias_weight(narrow, narrow_weight, narrow_bias, narrow_stream)
         return out.view_as(hidden)
+
+
+def _geglu_rows(rows, wide_weight, wide_bias, narrow_weight, narrow_bias) -> torch.Tensor:
+    value, gate = linear(rows, wide_weight, wide_bias).chunk(2, dim=-1)
+    return linear(value * gelu(gate), narrow_weight, narrow_bias)
+
+
+def _geglu_columns(rows, wide_weight, wide_bias, narrow_weight, narrow_bias) -> torch.Tensor:
+    """The same with the features along the first axis: a CPU multiplies few rows by large weights faster so."""
+    value, gate = torch.addmm(wide_bias[:, None], wide_weight, rows.t()).chunk(2)
+    return torch.addmm(narrow_bias[:, None], narrow_weight, value.mul_(gelu(gate))).t()
 
 
 class SpatialTransformer(Transformer2DModel):
