@@ -170,6 +170,17 @@ class ComfyServer:
         """The history entry of a prompt, None before it has finished."""
         return self._get(f"/history/{prompt_id}").get(prompt_id)
 
+    def history_ids(self) -> list[str]:
+        """Ids of all prompts that have finished, oldest first."""
+        return list(self._get("/history"))
+
+    def page(self, path: str) -> str:
+        """The text of a page, such as a file of the pack's web folder."""
+        response = self._request("GET", path)
+        response.raise_for_status()
+        response.encoding = "utf-8"
+        return response.text
+
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Interrupt what runs, or only this prompt if it is the one that runs."""
         self._post("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 VIDEO_NAME = "consistent_video_example.mp4"
+PICTURE_NAME = "consistent_video_example.png"
 SIZE = 256
 FRAMES = 24
 FPS = 8
@@ -41,15 +43,19 @@ def write_video(path: Path, clip: np.ndarray, fps: int = FPS) -> None:
         container.mux(stream.encode())
 
 
+def write_picture(path: Path, clip: np.ndarray) -> None:
+    """Write the first frame as a PNG."""
+    Image.fromarray(clip[0]).save(path, "PNG")
+
+
 def write_inputs(folder: Path) -> None:
     """Write every input file of the example workflows; finished ones are kept."""
-    finished = folder / VIDEO_NAME
-    if finished.exists():
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = finished.with_name(f".{VIDEO_NAME}")
-    write_video(unfinished, disc_clip())
-    unfinished.rename(finished)
+    for name, write in ((VIDEO_NAME, write_video), (PICTURE_NAME, write_picture)):
+        if not (folder / name).exists():
+            unfinished = folder / f".{name}"
+            write(unfinished, disc_clip())
+            unfinished.rename(folder / name)
 
 
 if __name__ == "__main__":

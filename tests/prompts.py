@@ -1,6 +1,6 @@
 """Graphs in the API's prompt format."""
 
-from tiny_checkpoints import MODELSCOPE_NAME
+from tiny_checkpoints import I2VGENXL_NAME, MODELSCOPE_NAME
 
 
 def text_to_video(
@@ -30,6 +30,29 @@ def text_to_video(
         "video": node("CreateVideo", images=["decode", 0], fps=8.0),
         "save": node("SaveVideo", video=["video", 0], filename_prefix=prefix, format="auto", codec="auto"),
     }
+
+
+def picture_to_video(image, steps=4, seed=0, width=64, height=64, frames=5, fps=16, text="a boat", prefix="clip"):
+    """Picture and text to clip as the example workflow has it, over the graph of `text_to_video`."""
+    prompt = text_to_video(I2VGENXL_NAME, steps, seed, text=text, prefix=prefix)
+    prompt["loader"] = node("ConsistentVideoI2VGenXLLoader", checkpoint=I2VGENXL_NAME, weight_dtype="default")
+    prompt["image"] = node("LoadImage", image=image)
+    prompt["latent"] = node(
+        "ConsistentVideoI2VGenXLConditioning",
+        positive=["positive", 0],
+        negative=["negative", 0],
+        vae=["loader", 2],
+        clip_vision=["loader", 3],
+        image=["image", 0],
+        width=width,
+        height=height,
+        frames=frames,
+        fps=fps,
+        batch_size=1,
+    )
+    prompt["guider"]["inputs"] |= {"positive": ["latent", 0], "negative": ["latent", 1]}
+    prompt["sample"]["inputs"]["latent_image"] = ["latent", 2]
+    return prompt
 
 
 def node(class_type, **inputs):

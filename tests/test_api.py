@@ -11,7 +11,7 @@ import damage
 import pytest
 from comfy_server import ComfyServer, PromptError, PromptInterrupted, PromptRejected
 from PIL import Image
-from prompts import node, text_to_video
+from prompts import node, picture_to_video, text_to_video
 
 import tiny_checkpoints
 
@@ -204,3 +204,36 @@ def test_memory_saving_flags(tmp_path, models_folder):
         result = small.run(text_to_video(steps=2))
         assert len(result.files()) == 1 and result.cached == []
         assert "manual cast: torch.float32" in small.log()
+
+
+@pytest.fixture(scope="module")
+def picture(server):
+    """The name of an uploaded picture."""
+    data = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").resize((120, 90)).save(data, "PNG")
+    return server.upload_image("picture.png", data.getvalue())
+
+
+def test_a_picture_becomes_a_clip_and_another_frame_rate_keeps_the_models(server, picture):
+    result = server.run(picture_to_video(picture, seed=21, width=96, height=64))
+    assert result.progress["sample"][-1] == (4, 4)
+    frames, _ = frames_of(server, result)
+    assert len(frames) == 5 and frames[0].shape == (64, 96, 3)
+    slower = server.run(picture_to_video(picture, seed=21, width=96, height=64, fps=4))
+    assert sorted(slower.executing) == sorted(["latent", "guider", "sample", "decode", "video", "save"])
+    assert (frames_of(server, slower)[0][-1] != frames[-1]).any()
+    assert server.run(picture_to_video(picture, seed=21, width=96, height=64, fps=4)).executing == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("fps", 0), ("fps", 1000), ("frames", 1), ("frames", 1000)])
+def test_impossible_clips_of_a_picture_are_refused(server, picture, name, value):
+    with pytest.raises(PromptRejected, match=f"node latent.*{name}.*Value {value}|Value {value}.*{name}"):
+        server.run(picture_to_video(picture, **{name: value}))
+
+
+def test_a_picture_of_one_pixel_fails_in_the_conditioning(server):
+    data = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(data, "PNG")
+    with pytest.raises(PromptError, match="1x1 pixels") as caught:
+        server.run(picture_to_video(server.upload_image("pixel.png", data.getvalue())))
+    assert caught.value.node_id == "latent"

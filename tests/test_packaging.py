@@ -29,7 +29,7 @@ SOURCES = sorted(
     ]
 )
 # Beside the declared dependencies: ComfyUI, and what ComfyUI itself cannot start without.
-HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "torch", "numpy", "PIL"}
+HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "node_helpers", "torch", "numpy", "PIL"}
 OWN_PACKAGES = {"consistent_video", "nodes", "loaders", "models", "samplers", "tests", "scripts", "benchmarks"}
 FORBIDDEN_IMPORTS = {
     "aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "marshal", "requests", "runpy",

@@ -31,6 +31,8 @@ MODELSCOPE_UNET = {
     "norm_num_groups": 32,
 }
 I2VGENXL_NAME = "i2vgen-xl"
+REFINER_NAME = "zeroscope_v2_XL"
+SDXL_NAME = "sd_xl_base_1.0.safetensors"
 I2VGENXL_SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "_diffusers_version": "0.24.0.dev0",
@@ -191,6 +193,18 @@ def write_i2vgenxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_refiner(folder: Path) -> Path:
+    """A second checkpoint of the ModelScope family."""
+    return write_modelscope(folder, seed=2)
+
+
+def write_sdxl(path: Path) -> Path:
+    """See `tiny_sdxl`, which needs ComfyUI."""
+    import tiny_sdxl
+
+    return tiny_sdxl.write_sdxl(path)
+
+
 def write_scheduler(folder: Path, config: dict) -> None:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -239,6 +253,8 @@ CHECKPOINTS = {
     f"diffusers/{MODELSCOPE_NAME}": write_modelscope,
     f"diffusers/{I2VGENXL_NAME}": write_i2vgenxl,
     f"diffusion_models/{ORIGINAL_NAME}": write_original_modelscope,
+    f"diffusers/{REFINER_NAME}": write_refiner,
+    f"checkpoints/{SDXL_NAME}": write_sdxl,
     "vae_approx/taesd_encoder.safetensors": write_taesd,
     "vae_approx/taesd_decoder.safetensors": write_taesd,
 }
