@@ -96,7 +96,7 @@ def _report_state(state: dict[str, torch.Tensor], network: torch.nn.Module, load
         f"Network: {_count(state)}",
         f"Missing keys: {_keys(difference.missing)}",
         f"Unexpected keys: {_keys(difference.unexpected)}",
-        f"Misshapen keys: "
+        "Misshapen keys: "
         f"{_keys([f'{key} {found} instead of {expected}' for key, found, expected in difference.misshapen])}",
     ]
     advice = (

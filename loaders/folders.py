@@ -21,7 +21,7 @@ def read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing. Download the complete repository folder again: every component needs its "
-            f"configuration file."
+            "configuration file."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -66,7 +66,7 @@ def _text_config(path: Path) -> dict:
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}. Expected the configuration of a CLIP text model; restore the "
-            f"published file."
+            "published file."
         )
     return config
 
@@ -83,7 +83,7 @@ def _pad_token(tokenizer: Path) -> int | None:
     if token not in vocabulary and token != "<|endoftext|>":
         raise ValueError(
             f"{tokenizer / 'tokenizer_config.json'} names the padding token {token!r}, which vocab.json does not "
-            f"hold. Restore both published files."
+            "hold. Restore both published files."
         )
     return None if token == "<|endoftext|>" else vocabulary[token]
 
@@ -101,7 +101,7 @@ def _check_keys(files: list[Path], state: dict[str, torch.Tensor], clip: comfy.s
     if difference:
         raise ValueError(
             f"{', '.join(map(str, files))} does not fit text_encoder/config.json: {difference.summary()}. Restore "
-            f"the published files."
+            "the published files."
         )
 
 

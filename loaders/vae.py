@@ -31,7 +31,7 @@ def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
     if difference:
         raise ValueError(
             f"{', '.join(map(str, files))} does not fit {config_file}: {difference.summary()}. Restore the "
-            f"published files."
+            "published files."
         )
     return FrameVAE(sd=state, config={"params": settings})
 
@@ -50,7 +50,7 @@ def _autoencoder_settings(config: dict, path: Path) -> dict:
             f"{path} describes an autoencoder with block_out_channels {list(channels)} and {latent_channels} latent "
             f"channels; expected {LEVELS} levels, "
             f"each a multiple of the first, and {LATENT_CHANNELS} latent channels. Use the VAE published with the "
-            f"checkpoint."
+            "checkpoint."
         )
     return {
         "double_z": True,

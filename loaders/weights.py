@@ -43,7 +43,7 @@ def find_weights(folder: Path, stem: str, prefer_half: bool = False) -> list[Pat
     )
     raise FileNotFoundError(
         f"No weights in {folder}: expected one of {expected}; found: {present or 'nothing'}. Download the missing "
-        f"files."
+        "files."
     )
 
 
@@ -100,7 +100,7 @@ def _read_file(path: Path) -> dict:
         size = path.stat().st_size
         raise ValueError(
             f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one "
-            f"and download it again."
+            "and download it again."
         ) from error
 
 
@@ -113,7 +113,7 @@ def _check_tensors(path: Path, state: dict) -> None:
     if broken:
         raise ValueError(
             f"{path} has NaN or infinite values in {len(broken)} tensors ({', '.join(broken[:3])}). The file is "
-            f"damaged; download it again."
+            "damaged; download it again."
         )
 
 

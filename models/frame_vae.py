@@ -82,7 +82,7 @@ def over_frames(vae: comfy.sd.VAE) -> FrameVAE:
     if vae.latent_dim != 2:
         raise ValueError(
             f"This VAE has {vae.latent_dim}-D latents of its own and handles clips already. Connect it directly, or "
-            f"connect an image VAE."
+            "connect an image VAE."
         )
     frame_vae = FrameVAE.__new__(FrameVAE)
     frame_vae.__dict__.update(vae.__dict__)

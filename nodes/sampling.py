@@ -17,7 +17,7 @@ def scheduler_config(model) -> dict:
     if config is None:
         raise ValueError(
             f"This model ({type(model.model).__name__}) carries no scheduler configuration. Connect a model from a "
-            f"ConsistentVideo loader, "
+            "ConsistentVideo loader, "
             "or use Basic Scheduler with it."
         )
     return config

@@ -21,7 +21,7 @@ def check_size(width: int, height: int, frames: int, multiple: int) -> None:
     if not 1 <= frames <= MAX_FRAMES:
         raise ValueError(
             f"frames {frames} is outside 1..{MAX_FRAMES}. Use 16 for the length the networks were trained on; make "
-            f"longer videos of several clips."
+            "longer videos of several clips."
         )
 
 
