@@ -86,6 +86,15 @@ def test_feed_forward_in_chunks(monkeypatch, rows):
     torch.testing.assert_close(network(inputs), expected, rtol=0, atol=1e-6)
 
 
+def test_feed_forward_respects_adapters_that_bypass_weights():
+    network = adopt(torch.nn.Sequential(FeedForward(12, activation_fn="geglu")), comfy.ops.manual_cast, REPLACEMENTS)
+    inputs, last = noise(2, 3, 12), network[0].net[2]
+    expected = network(inputs) + 1
+    original = last.forward
+    last.forward = lambda hidden: original(hidden) + 1
+    torch.testing.assert_close(network(inputs), expected, rtol=0, atol=1e-6)
+
+
 def test_guided_clips_share_the_layers_before_the_text():
     torch.manual_seed(0)
     reference, ours = UNet3DConditionModel(**TINY).eval(), ModelScopeUNet(**TINY).eval()
