@@ -1,11 +1,11 @@
 """diffusers' 3-D UNets as ComfyUI diffusion models.
 
 The classes keep the published parameters and key names; `forward` has ComfyUI's signature and runs the block lists
-itself, so that the text's
-keys and values are projected once per run, frames stay folded into the batch, and ComfyUI's block patches (FreeU and
-its like) apply.
+itself, so that the text's keys and values are projected once per run, frames stay folded into the batch, and ComfyUI's
+block patches (FreeU and its like) apply.
 """
 
+import comfy.model_management
 import comfy.patcher_extension
 import torch
 from diffusers.models.attention import FeedForward
@@ -54,7 +54,7 @@ class BlockRunner:
         """Run all blocks.
 
         Args:
-            hidden: frames (B * F, C, h, w).
+            hidden: frames (B * F, C, h, w); fewer clips where the B clips repeat them, see `distinct_clips`.
             emb: time embedding of each clip (B, D).
             keys_values: what `project_text` returns, (B, S, sum of the layers' widths).
             num_frames: F.
@@ -82,7 +82,7 @@ class BlockRunner:
         for block in self.up_blocks:
             for layer in _block_layers(block):
                 hidden, skip = layers.patch_output(hidden, skips.pop())
-                hidden = layers.run(layer, torch.cat((hidden, skip), dim=1))
+                hidden = layers.run(layer, torch.cat((layers.repeat(hidden), layers.repeat(skip)), dim=1))
             for upsampler in block.upsamplers or ():
                 hidden = upsampler(hidden, output_size=skips[-1].shape[2:])
         return hidden
@@ -113,12 +113,17 @@ class _Layers:
 
     def run(self, layer: tuple, hidden: torch.Tensor) -> torch.Tensor:
         resnet, temporal_conv, spatial, temporal = layer
-        hidden = temporal_conv(resnet(hidden, self.emb), self.num_frames)
+        hidden = temporal_conv(resnet(hidden, self.emb[: hidden.shape[0]]), self.num_frames)
         return hidden if spatial is None else self.attend(spatial, temporal, hidden)
 
     def attend(self, spatial, temporal, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = spatial(hidden, next(self.keys_values), self.options)
+        hidden = spatial(self.repeat(hidden), next(self.keys_values), self.options)
         return temporal(hidden, self.num_frames, self.options)
+
+    def repeat(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All frames of the batch, from the frames of its distinct clips."""
+        copies = self.emb.shape[0] // hidden.shape[0]
+        return hidden if copies == 1 else hidden.repeat(copies, 1, 1, 1)
 
     def patch_input(self, hidden: torch.Tensor) -> torch.Tensor:
         self.options["block"] = ("input", self.inputs)
@@ -133,6 +138,20 @@ class _Layers:
         for patch in self.patches.get("output_block_patch", ()):
             hidden, skip = patch(hidden, skip, self.options)
         return hidden, skip
+
+
+def distinct_clips(x: torch.Tensor, timesteps: torch.Tensor, transformer_options: dict) -> int:
+    """How many of the first clips of a batch (B, C, F, h, w) the rest repeats: B, or B / 2 in a guided run.
+
+    Guidance evaluates the same clips with two texts, which differ only from the first cross-attention on. Looking at
+    the values would make a GPU wait, and patches may count on the whole batch, so both get B.
+    """
+    clips, half = x.shape[0], x.shape[0] // 2
+    patched = any(map(transformer_options.get, ("patches", "patches_replace", "optimized_attention_override")))
+    if clips % 2 or patched or not comfy.model_management.is_device_cpu(x.device):
+        return clips
+    same = torch.equal(x[:half], x[half:]) and torch.equal(timesteps[:half], timesteps[half:])
+    return half if same else clips
 
 
 class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
@@ -160,6 +179,7 @@ class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
         if text_keys_values is None:
             text_keys_values = self.project_text(context)
         emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
+        x = x[: distinct_clips(x, timesteps, transformer_options)]
         hidden = self.transformer_in(self.conv_in(as_frames(x)), num_frames, transformer_options)
         hidden = self.run_blocks(hidden, emb, text_keys_values, num_frames, transformer_options)
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
