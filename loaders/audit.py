@@ -8,14 +8,13 @@ import torch
 from . import folders, single_file
 from .families import FAMILIES
 from .network import build_on_meta, compare
+from .text_encoder import load_text_encoder
+from .vae import load_vae
+from .vision import load_vision_tower
 from .weights import find_weights, read_weights
 
 FILE_PREFIX = "diffusion_models/"
-COMPONENTS = (
-    ("text_encoder", ("model", "pytorch_model")),
-    ("image_encoder", ("model", "pytorch_model")),
-    ("vae", ("diffusion_pytorch_model",)),
-)
+COMPONENTS = {"text_encoder": load_text_encoder, "image_encoder": load_vision_tower, "vae": load_vae}
 
 
 def list_sources() -> list[str]:
@@ -60,20 +59,15 @@ def _report_folder(folder: Path) -> list[str]:
     network = build_on_meta(family.network, folders.read_config(config_file), str(config_file))
     lines = [f"Family: {family.title}", f"Network files: {', '.join(file.name for file in files)}"]
     lines += _report_state(read_weights(files), network, family.loader)
-    return lines + [
-        _report_component(folder, *component) for component in COMPONENTS if (folder / component[0]).exists()
-    ]
+    return lines + [_report_component(folder, name) for name in COMPONENTS if (folder / name).exists()]
 
 
-def _report_component(folder: Path, component: str, stems: tuple[str, ...]) -> str:
-    problems = []
-    for stem in stems:
-        try:
-            state = read_weights(find_weights(folder / component, stem))
-            return f"{component}: {_count(state)}"
-        except (FileNotFoundError, ValueError) as error:
-            problems.append(str(error))
-    return f"{component}: {problems[0]}"
+def _report_component(folder: Path, name: str) -> str:
+    try:
+        component = COMPONENTS[name](folder)
+    except (FileNotFoundError, ValueError) as error:
+        return f"{name}: cannot be loaded: {error}"
+    return f"{name}: {_count(component.get_sd())}"
 
 
 def _report_file(path: Path) -> list[str]:

@@ -199,6 +199,8 @@ def test_audit_of_a_damaged_folder(copy):
     damage.missing_key(copy)
     report = audit.report(copy.name)
     assert "Missing keys: 1 (conv_in.bias)" in report and "Unexpected keys: 1 (conv_in.scale)" in report
+    damage.vae(copy)
+    assert "vae: cannot be loaded" in audit.report(copy.name) and "decoder.conv_in.bias" in audit.report(copy.name)
     damage.truncated(copy)
     assert "Cannot be loaded" in audit.report(copy.name)
 
