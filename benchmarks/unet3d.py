@@ -1,9 +1,9 @@
-"""The pack's ModelScope network against diffusers' `UNet3DConditionModel`, at published width on this machine's CPU.
+"""One of the pack's 3-D UNets against the same network of diffusers, at published width on this machine's CPU.
 
-    python3 benchmarks/unet3d.py [--json PATH] [--seconds 170] [--threads N]
+    python3 benchmarks/unet3d.py [--network i2vgenxl] [--json PATH] [--seconds 170] [--threads N]
 
 Prepares the environment like scripts/test.py, then measures in a process of its own: see unet3d_measure.py. Prints a
-table and writes the numbers to benchmarks/results/unet3d.json. Needs 10 GB of free memory and about three minutes.
+table and writes the numbers to benchmarks/results/<network>.json. Needs 10 GB of free memory and about three minutes.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from environment import EnvironmentProblem, prepare
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "unet3d.json")
+    parser.add_argument("--network", choices=("modelscope", "i2vgenxl"), default="modelscope")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/<network>.json")
     parser.add_argument("--seconds", type=int, default=170, help="time for everything (default 170)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--comfyui-version", help="see scripts/environment.py")
@@ -31,7 +32,9 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 1
     script = Path(__file__).with_name("unet3d_measure.py")
-    command = [str(environment.python), str(script), str(options.json), str(options.seconds), str(options.threads)]
+    path = options.json or ROOT / "benchmarks" / "results" / f"{options.network}.json"
+    arguments = (options.network, path, options.seconds, options.threads)
+    command = [str(environment.python), str(script), *map(str, arguments)]
     # threads that wait must not look busy: processor time then counts work only, also while others use the machine
     settings = {"COMFYUI_PATH": str(environment.comfyui), "OMP_WAIT_POLICY": "passive"}
     return subprocess.call(command, env={**os.environ, **settings})

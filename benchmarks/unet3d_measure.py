@@ -1,8 +1,9 @@
-"""Measures the pack's ModelScope network against diffusers' in one process; started by unet3d.py.
+"""Measures one of the pack's 3-D UNets against diffusers' in one process; started by unet3d.py.
 
 Both networks share one set of random weights (published width, 1.4 billion parameters, fp32). A case is a guided call
-as in a run: batch 2, the same noisy clip and timestep with two texts. Diffusers projects the text at every call, the
-pack once per run; the time for that is reported beside. Memory is the peak of tensors alive that the call made.
+as in a run: batch 2, the same noisy clip and timestep with two texts. Diffusers works out what depends on the prompt
+and the picture at every call, the pack once per run; the time for that is reported beside. Memory is the peak of
+tensors alive that the call made.
 """
 
 import json
@@ -24,15 +25,17 @@ import comfy.ops
 import diffusers
 import torch
 from activation_memory import ActivationPeak
+from diffusers import I2VGenXLUNet as PublishedI2VGenXLUNet
 from diffusers import UNet3DConditionModel
 from interleaved import Pairs, measure, quartiles
 from torch.utils.flop_counter import FlopCounterMode
 
 from consistent_video.models import transformer
 from consistent_video.models.adopt import adopt
+from consistent_video.models.i2vgenxl_unet import I2VGenXLUNet
 from consistent_video.models.unet3d import REPLACEMENTS, ModelScopeUNet
 
-FRAMES, SMALL, LARGE = 8, 16, 32  # latent height and width; the large size is that of 256 x 256 pixels
+FRAMES, SMALL, LARGE = 8, 16, 24  # latent height and width
 FEWEST_PAIRS = 3  # of the small size; the large one is called once
 SHARE = 0.62  # of the time, after which the large size has its turn
 TEXT_TOKENS, TEXT_WIDTH = 77, 1024
@@ -58,10 +61,13 @@ def random_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def build() -> tuple[torch.nn.Module, torch.nn.Module]:
+NETWORKS = {"modelscope": (UNet3DConditionModel, ModelScopeUNet), "i2vgenxl": (PublishedI2VGenXLUNet, I2VGenXLUNet)}
+
+
+def build(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """diffusers' network and the pack's with the same tensors."""
     with torch.device("meta"):
-        reference, ours = UNet3DConditionModel(), ModelScopeUNet()
+        reference, ours = (network() for network in NETWORKS[name])
     state = random_state(reference)
     for network in (reference, ours):
         network.load_state_dict(state, assign=True)
@@ -79,10 +85,18 @@ class Case:
         timesteps = torch.full((2,), 500.0)
         self.weights = {parameter.untyped_storage()._cdata for parameter in reference.parameters()}
         self.name = f"{frames} frames {size}x{size}"
-        keys_values = ours.project_text(text)
-        self.projection = measure(lambda: ours.project_text(text)).wall
-        self.reference = lambda: reference(latents, timesteps, text).sample
-        self.ours = lambda: ours(latents, timesteps, text_keys_values=keys_values)
+        if isinstance(ours, I2VGenXLUNet):
+            picture, embedding = torch.randn(2, 4, frames, size, size), torch.randn(2, 1, TEXT_WIDTH)
+            fps = torch.full((2,), 16.0)
+            once = ours.condition(text, picture, embedding, fps)
+            known = {"keys_values": once.keys_values, "picture": once.picture, "fps_embedding": once.fps}
+            self.projection = measure(lambda: ours.condition(text, picture, embedding, fps)).wall
+            self.reference = lambda: reference(latents, timesteps, fps, picture, embedding, text).sample
+        else:
+            known = {"text_keys_values": ours.project_text(text)}
+            self.projection = measure(lambda: ours.project_text(text)).wall
+            self.reference = lambda: reference(latents, timesteps, text).sample
+        self.ours = lambda: ours(latents, timesteps, **known)
 
     def inspect(self) -> tuple[dict, Pairs]:
         """One pair of calls with arithmetic, memory and the difference of the outputs measured as well."""
@@ -144,8 +158,8 @@ def compare(case: Case, fewest: int, deadline: float, peaks: list[float]) -> dic
         "ratio_undisturbed": quartiles(quiet.ratios("wall")),
         "ratio_all": quartiles(pairs.ratios("wall")),
         "ratio_cpu_time": quartiles(pairs.ratios("cpu")),
-        "text_projection_seconds": case.projection,
-        "text_projection_share_of_run": case.projection / (steps + case.projection),
+        "once_per_run_seconds": case.projection,
+        "once_per_run_share": case.projection / (steps + case.projection),
     }
 
 
@@ -159,10 +173,10 @@ def default_attention(case: Case) -> float:
         transformer.optimized_attention = chosen
 
 
-def show(name: str, found: dict, peak: float) -> None:
+def show(name: str, reference: str, found: dict, peak: float) -> None:
     """Print one case."""
     print(f"\n{name}, batch 2, fp32                    s    GFLOP  GFLOP/s  of GEMM  peak MiB")
-    for label, key in (("diffusers UNet3DConditionModel", "reference"), ("this pack", "ours")):
+    for label, key in ((f"diffusers {reference}", "reference"), ("this pack", "ours")):
         row = found[key]
         speed = row["gflop_per_s"]
         print(
@@ -177,16 +191,16 @@ def show(name: str, found: dict, peak: float) -> None:
         if found[key]:
             first, median, third = found[key]
             print(f"  ratio of {label:32} {median:.3f}  (quartiles {first:.3f} .. {third:.3f})")
-    share = found["text_projection_share_of_run"]
-    print(f"  text projected once per run: {found['text_projection_seconds']:.2f} s, {share:.2%} of {STEPS} steps")
+    share = found["once_per_run_share"]
+    print(f"  prompt and picture once per run: {found['once_per_run_seconds']:.2f} s, {share:.2%} of {STEPS} steps")
     print(f"  max abs difference of the outputs: {found['max_abs_difference']:.1e} (std {found['output_std']:.2f})")
 
 
 @torch.inference_mode()
-def main(path: Path, seconds: float, threads: int) -> None:
+def main(name: str, path: Path, seconds: float, threads: int) -> None:
     started = time.perf_counter()
     torch.set_num_threads(threads or torch.get_num_threads())
-    networks = build()
+    networks = build(name)
     gemm_peak()
     results, peaks = {}, [gemm_peak()]
     small, large = (Case(*networks, FRAMES, size) for size in (SMALL, LARGE))
@@ -194,8 +208,8 @@ def main(path: Path, seconds: float, threads: int) -> None:
     results[large.name] = compare(large, 0, started + 0.95 * seconds, peaks)
     slower = default_attention(small)
     peak = max(peaks)
-    for name in (small.name, large.name):
-        show(name, results[name], peak)
+    for case in (small.name, large.name):
+        show(case, type(networks[0]).__name__, results[case], peak)
     backend = transformer.optimized_attention.__name__
     print(f"\nGEMM peak {peak:.0f} GFLOP/s on {torch.get_num_threads()} threads; attention: {backend}")
     print(f"with ComfyUI's CPU default (attention_sub_quad), {small.name}: {slower:.2f} s")
@@ -207,11 +221,11 @@ def main(path: Path, seconds: float, threads: int) -> None:
     }
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     attention = {"used": backend, "comfyui_default": "attention_sub_quad", "comfyui_default_seconds": slower}
-    document = {"machine": machine, "versions": versions, "attention": attention, "cases": results}
+    document = {"network": name, "machine": machine, "versions": versions, "attention": attention, "cases": results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
