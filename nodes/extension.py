@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from ..loaders import lora
-from . import conditioning, latents, loaders, sampling
+from . import conditioning, latents, loaders, noise, sampling
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -27,7 +27,7 @@ class ConsistentVideoExtension(ComfyExtension):
             await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loaders.NODES, *conditioning.NODES, *latents.NODES, *sampling.NODES]
+        return [*loaders.NODES, *conditioning.NODES, *latents.NODES, *noise.NODES, *sampling.NODES]
 
 
 async def comfy_entrypoint() -> ConsistentVideoExtension:

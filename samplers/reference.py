@@ -207,5 +207,5 @@ def _noise_source(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
 
     The seed is moved by one: with the seed itself the first draw would be ComfyUI's initial noise again.
     """
-    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed + 1)
+    generator = None if seed is None else torch.Generator("cpu").manual_seed((seed + 1) % 2**64)
     return lambda like: torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)

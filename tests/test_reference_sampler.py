@@ -298,3 +298,8 @@ def test_unknown_choices_are_refused():
     for eta in (-0.1, 1.1):
         with pytest.raises(ValueError, match="eta is .* 0 .* to 1 "):
             reference.reference_sampler("ddim", eta)
+
+
+def test_the_largest_seed_of_the_widget_draws_noise_too():
+    draw = reference._noise_source(2**64 - 1)
+    assert draw(torch.zeros(2, 3)).std() > 0.1

@@ -1,0 +1,53 @@
+"""ConsistI2V in ComfyUI: latents carry all frames, and the first is the clean one in every prediction."""
+
+import comfy.conds
+import comfy.model_management
+import torch
+
+from .unet3d_model import UNet3DModel
+
+FIRST_FRAME = "consisti2v_first_frame"
+FRAME_STRIDE = "consisti2v_frame_stride"
+
+
+class ConsistI2VModel(UNet3DModel):
+    """`ConsistI2VUNet`, which predicts frames 2..F from a clean first frame.
+
+    The prediction of the clean clip holds the first frame itself at index 0, so that every sampler ends with it there.
+    """
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Conditioning of one prompt, made by the conditioning node.
+
+        Raises:
+            ValueError: the conditioning lacks the first frame, or was made for clips of another size.
+        """
+        conds = super().extra_conds(**kwargs)
+        first = self._first_frame(**kwargs)
+        conds["first_frame_latents"] = comfy.conds.CONDRegular(first)
+        stride = torch.full((first.shape[0],), float(kwargs[FRAME_STRIDE]), device=first.device)
+        conds["frame_stride"] = comfy.conds.CONDRegular(stride)
+        text = self.text_states(**kwargs)
+        if kwargs.get("hooks") is None:
+            conds["text_keys_values"] = comfy.conds.CONDCrossAttn(self.diffusion_model.project_text(text))
+        return conds
+
+    def _first_frame(self, **kwargs) -> torch.Tensor:
+        """The scaled latent (N, 4, 1, h, w) of the first frame."""
+        if FIRST_FRAME not in kwargs:
+            raise ValueError("ConsistI2V needs a first frame: connect both prompts through ConsistI2V Conditioning.")
+        noise, first = kwargs["noise"], self.process_latent_in(kwargs[FIRST_FRAME])
+        if first.shape[-2:] != noise.shape[-2:]:
+            raise ValueError(
+                f"The first frame was prepared for latents of {tuple(first.shape[-2:])} (height, width), but the "
+                f"latent to sample has {tuple(noise.shape[-2:])}. Sample the latent of ConsistI2V Conditioning."
+            )
+        if noise.shape[2] < 2:
+            raise ValueError("ConsistI2V continues a first frame: sample a latent of 2 frames or more.")
+        return comfy.model_management.cast_to_device(first, kwargs["device"], torch.float32)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        clean = super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        first = comfy.model_management.cast_to_device(kwargs["first_frame_latents"], clean.device, clean.dtype)
+        clean[:, :, :1] = first
+        return clean

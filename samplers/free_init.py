@@ -1,0 +1,214 @@
+"""FreeInit (Wu et al. 2023, arXiv 2312.07537) around any other sampler.
+
+A clip is denoised several times. Each further run starts from noise whose low frequencies are those of the clip before
+it, noised to the last training timestep with the noise of the first run: what training leaves in such a state, and
+plain noise lacks. Its high frequencies are fresh.
+"""
+
+from collections.abc import Callable
+
+import comfy.k_diffusion.sampling
+import comfy.samplers
+import torch
+
+from . import schedules
+from .filters import LowPass, mix_low_high
+from .noise import add_noise, require_exploding, require_frames
+
+Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
+
+# Above this sigma the last training timestep keeps less than a thousandth of the clip.
+NO_SIGNAL_SIGMA = 1000.0
+
+# The sigma below which a run counts as finished: ComfyUI's uni_pc writes 0.001 in place of 0 into the sigmas it gets.
+FINISHED_SIGMA = 0.005
+
+# Parts the fresh noise of a seed from every other noise of that seed: samplers draw from the seed and the one above it.
+FRESH_NOISE_KEY = 0x4672656573686E6F
+MAX_SEED = 2**64 - 1
+
+
+class FreeInit(comfy.samplers.Sampler):
+    """Denoises a clip several times, each time from noise that has the low frequencies of the run before.
+
+    Only the noise differs between the runs; a latent image and a mask are handed to each of them. The first run is the
+    wrapped sampler's own.
+
+    Args:
+        sampler: the sampler that does each run.
+        iterations: number of runs, at least 1.
+        fast_sampling: run i of N takes steps * i // N steps, at least one, and only the last takes all of them.
+        low_pass: which frequencies are kept.
+
+    Raises:
+        ValueError: less than one iteration.
+    """
+
+    def __init__(self, sampler: comfy.samplers.Sampler, iterations: int, fast_sampling: bool, low_pass: LowPass):
+        if iterations < 1:
+            raise ValueError(f"iterations is {iterations}. Choose 1 (plain sampling) or more; 3 to 5 are usual.")
+        self.sampler, self.iterations, self.fast_sampling, self.low_pass = sampler, iterations, fast_sampling, low_pass
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model_wrap: comfy.samplers.CFGGuider,
+        sigmas: torch.Tensor,
+        extra_args: dict,
+        callback: Callback | None,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """Denoise, as ComfyUI's guiders call it.
+
+        Args:
+            model_wrap: a guider that carries the model as `inner_model`.
+            sigmas: (n + 1,), ending at 0.
+            extra_args: keyword arguments of the model; "seed" also seeds the fresh noise.
+            callback: called with (step, x0, state, total), steps and total counted over all runs.
+            noise: (B, C, F, H, W), unit variance.
+            latent_image: same shape, or None.
+            denoise_mask: same shape, 1 where to denoise, or None.
+            disable_pbar: hide the progress bar.
+
+        Returns:
+            The latent (B, C, F, H, W) of the last run.
+
+        Raises:
+            ValueError: a latent without a frame axis, no noise, sigmas that do not end at 0, or a model whose last
+                training timestep keeps nothing of the clip (flow models, zero terminal signal-to-noise ratio).
+        """
+        base_model = model_wrap.inner_model
+        last_sigma = _last_sigma(base_model.model_sampling)
+        _check_run(noise, sigmas)
+        config = getattr(base_model, "scheduler_config", None)
+        plans = [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
+        mask = self.low_pass.mask(noise.shape[-3:], noise.device)
+        draw = _fresh_noise(extra_args.get("seed"))
+        initial, result = noise.clone(), None
+        with _Progress(plans, callback, disable_pbar) as progress:
+            for run, plan in enumerate(plans):
+                if run > 0:
+                    noise = mix_low_high(add_noise(result, initial, last_sigma), draw(noise), mask)
+                result = self.sampler.sample(
+                    model_wrap,
+                    plan,
+                    _run_args(extra_args, plan, run),
+                    progress.of_run(run),
+                    noise,
+                    latent_image,
+                    denoise_mask,
+                    disable_pbar=True,
+                )
+        return result
+
+    def _run_sigmas(self, sigmas: torch.Tensor, run: int, config: dict | None) -> torch.Tensor:
+        """The sigmas of one run, counted from 0; a copy, because there are samplers that change theirs."""
+        steps = len(sigmas) - 1
+        wanted = max(1, steps * (run + 1) // self.iterations)
+        return shorten(sigmas, wanted, config) if self.fast_sampling and wanted < steps else sigmas.clone()
+
+
+def shorten(sigmas: torch.Tensor, steps: int, config: dict | None = None) -> torch.Tensor:
+    """The same schedule in fewer steps.
+
+    Args:
+        sigmas: (n + 1,).
+        steps: 1..n.
+        config: the model's scheduler configuration. When the sigmas are its reference schedule, so are the returned
+            ones; otherwise they are read off between the given ones, from the first on.
+
+    Returns:
+        (steps + 1,), on the device of `sigmas`, ending as they do.
+    """
+    count = len(sigmas) - 1
+    if config is not None and _is_reference(sigmas, config):
+        return schedules.reference_sigmas(config, steps).to(sigmas)
+    given = sigmas.cpu().double()  # some accelerators have no float64
+    positions = torch.arange(steps, dtype=torch.float64) * count / steps
+    before, after = positions.floor().long(), positions.ceil().long()
+    levels = torch.lerp(given[before], given[after], positions - before)
+    return torch.cat((levels, given[-1:])).to(sigmas)
+
+
+class _Progress:
+    """One progress bar and one count of steps over all runs."""
+
+    def __init__(self, plans: list[torch.Tensor], callback: Callback | None, hidden: bool):
+        self.steps = [len(plan) - 1 for plan in plans]
+        self.callback = callback
+        self.bar = comfy.k_diffusion.sampling.tqdm(total=sum(self.steps), disable=hidden)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def of_run(self, run: int) -> Callback:
+        """The callback of one run, counted from 0. Adaptive samplers count past their total, which is cut off."""
+        offset, steps, total = sum(self.steps[:run]), self.steps[run], sum(self.steps)
+
+        def report(step: int, denoised: torch.Tensor, state: torch.Tensor, _: int) -> None:
+            done = offset + min(step, steps - 1)
+            self.bar.update(done + 1 - self.bar.n)
+            if self.callback is not None:
+                self.callback(done, denoised, state, total)
+
+        return report
+
+
+def _last_sigma(model_sampling: torch.nn.Module) -> float:
+    """Sigma of the last training timestep.
+
+    Raises:
+        ValueError: see `FreeInit.sample`.
+    """
+    require_exploding(model_sampling, "FreeInit")
+    sigma = float(model_sampling.sigma_max)
+    if sigma > NO_SIGNAL_SIGMA:
+        raise ValueError(
+            f"FreeInit carries over what the model's last training timestep keeps of a clip; at its sigma {sigma:.0f} "
+            "(zero terminal signal-to-noise ratio) that is nothing. Leave FreeInit out with this model."
+        )
+    return sigma
+
+
+def _check_run(noise: torch.Tensor, sigmas: torch.Tensor) -> None:
+    require_frames(noise, "FreeInit")
+    if not noise.any():
+        raise ValueError(
+            "FreeInit replaces the initial noise, but there is none. Connect a noise, such as RandomNoise, and leave "
+            "the whole run to one sampler node."
+        )
+    if sigmas[-1] > FINISHED_SIGMA:
+        raise ValueError(
+            f"The sigmas end at {float(sigmas[-1]):.4g}; FreeInit needs a finished clip after each run. Give it sigmas "
+            "that end at 0."
+        )
+
+
+def _is_reference(sigmas: torch.Tensor, config: dict) -> bool:
+    try:
+        reference = schedules.reference_sigmas(config, len(sigmas) - 1)
+    except ValueError:  # a scheduler, or a number of steps, that has no reference schedule
+        return False
+    return torch.allclose(sigmas.float().cpu(), reference, rtol=1e-5, atol=0)
+
+
+def _run_args(extra_args: dict, sigmas: torch.Tensor, run: int) -> dict:
+    """The model's arguments for one run: its sigmas, and a seed of its own for what the sampler draws."""
+    options = extra_args.get("model_options", {})
+    transformer_options = {**options.get("transformer_options", {}), "sample_sigmas": sigmas}
+    args = {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
+    if extra_args.get("seed") is not None:
+        args["seed"] = (extra_args["seed"] + run) & MAX_SEED
+    return args
+
+
+def _fresh_noise(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Draws float32 unit noise of a tensor's shape on the CPU, so that a seed means the same on every device."""
+    generator = None if seed is None else torch.Generator("cpu").manual_seed((seed ^ FRESH_NOISE_KEY) & MAX_SEED)
+    return lambda like: torch.randn(like.shape, generator=generator).to(like.device)
