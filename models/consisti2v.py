@@ -8,6 +8,7 @@ from .unet3d_model import UNet3DModel
 
 FIRST_FRAME = "consisti2v_first_frame"
 FRAME_STRIDE = "consisti2v_frame_stride"
+NOISY = "consisti2v_noisy_first_frame"
 
 
 class ConsistI2VModel(UNet3DModel):
@@ -15,6 +16,13 @@ class ConsistI2VModel(UNet3DModel):
 
     The prediction of the clean clip holds the first frame itself at index 0, so that every sampler ends with it there.
     """
+
+    first_predicted_frame = 1
+
+    @staticmethod
+    def without_picture(extra: dict) -> dict:
+        """A prompt's extras for the guidance branch that sees no picture: its first frame is the initial noise."""
+        return {**extra, NOISY: True}
 
     def extra_conds(self, **kwargs) -> dict:
         """Conditioning of one prompt, made by the conditioning node.
@@ -24,7 +32,9 @@ class ConsistI2VModel(UNet3DModel):
         """
         conds = super().extra_conds(**kwargs)
         first = self._first_frame(**kwargs)
-        conds["first_frame_latents"] = comfy.conds.CONDRegular(first)
+        conds["clean_first_frame"] = comfy.conds.CONDRegular(first)
+        seen = kwargs["noise"][:, :, :1] if kwargs.get(NOISY) else first
+        conds["first_frame_latents"] = comfy.conds.CONDRegular(seen.to(first))
         stride = torch.full((first.shape[0],), float(kwargs[FRAME_STRIDE]), device=first.device)
         conds["frame_stride"] = comfy.conds.CONDRegular(stride)
         text = self.text_states(**kwargs)
@@ -48,6 +58,6 @@ class ConsistI2VModel(UNet3DModel):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
         clean = super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        first = comfy.model_management.cast_to_device(kwargs["first_frame_latents"], clean.device, clean.dtype)
+        first = comfy.model_management.cast_to_device(kwargs["clean_first_frame"], clean.device, clean.dtype)
         clean[:, :, :1] = first
         return clean

@@ -22,6 +22,11 @@ def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
 class I2VGenXLModel(UNet3DModel):
     """`I2VGenXLUNet` with everything that only depends on the conditioning computed once per sampling run."""
 
+    @staticmethod
+    def without_picture(extra: dict) -> dict:
+        """A prompt's extras for the guidance branch that sees no picture: its latent and its embedding are zero."""
+        return {**extra, **{key: torch.zeros_like(extra[key]) for key in (IMAGE_LATENT, IMAGE_EMBEDDING)}}
+
     def extra_conds(self, **kwargs) -> dict:
         """Conditioning of one prompt, made by the conditioning node.
 

@@ -19,6 +19,7 @@ from consistent_video.models.latent_format import FrameLatentFormat
 from consistent_video.models.unet3d import REPLACEMENTS
 from consistent_video.samplers import reference, schedules
 from consistent_video.samplers.filters import LowPass
+from consistent_video.samplers.guidance import ImageTextGuider
 from consistent_video.samplers.noise import FrameInitNoise
 from native_sampling import sample
 
@@ -85,6 +86,34 @@ def test_full_loops_equal_the_original(model, goldens, name):
     cfg = META["runs"][name]["guidance_scale_txt"]
     latents = run(model, goldens, initial_noise(model, goldens, name), cfg=cfg)
     assert (latents - goldens[f"{name}.latents"]).abs().max() < 2e-4
+
+
+def guided(model, goldens, noise, cfg_text, cfg_image, rescale):
+    guider = ImageTextGuider(model, cfg_text, cfg_image, rescale)
+    guider.set_conds(*prompts(goldens))
+    sigmas = schedules.reference_sigmas(META["scheduler"], META["steps"])
+    sampler = reference.reference_sampler()
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, disable_pbar=True)
+
+
+@pytest.mark.parametrize("name", META["runs"])
+def test_guidance_by_text_and_picture_equals_the_original(model, goldens, name):
+    settings = META["runs"][name]
+    strengths = [settings[f"guidance_{key}"] for key in ("scale_txt", "scale_img", "rescale")]
+    latents = guided(model, goldens, initial_noise(model, goldens, name), *strengths) * SCALE
+    assert (latents - goldens[f"{name}.latents"]).abs().max() < 2e-4
+
+
+def test_without_picture_guidance_and_rescale_it_is_the_native_guider(model, goldens):
+    noise = goldens["none_vanilla.initial_noise"]
+    native = run(model, goldens, noise, cfg=4.0)
+    assert torch.equal(guided(model, goldens, noise, 4.0, 1.0, 0.0) * SCALE, native)
+    assert (guided(model, goldens, noise, 4.0, 2.0, 0.0) * SCALE - native).abs().max() > 1e-2
+
+
+def test_impossible_guidance_is_named(model):
+    with pytest.raises(ValueError, match="rescale is 1.5"):
+        ImageTextGuider(model, rescale=1.5)
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "ddim"])
