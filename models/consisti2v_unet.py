@@ -16,8 +16,8 @@ from torch.nn.functional import pad, silu
 
 from .consisti2v_attention import TextAttention
 from .consisti2v_layers import Block, Layer, LayerSettings, MiddleBlock
+from .layer_pass import LayerPass, distinct_clips
 from .temporal import as_frames
-from .unet3d import distinct_clips
 
 # Parameters that every published checkpoint has and the original never reads: a projection of a time embedding that the
 # convolutions over time are not given, and position biases that the rotary embedding took the place of.
@@ -161,7 +161,9 @@ class ConsistI2VUNet(torch.nn.Module):
             x = torch.cat((first.expand(x.shape[0], -1, -1, -1, -1), x[:, :, 1:]), dim=2)
         emb = self._embed(timesteps, frame_stride, x)
         clips, frames = x.shape[0], x.shape[2]
-        run = _Pass(self._text_attentions(), text_keys_values, emb, frames, transformer_options)
+        widths = [2 * attention.inner_dim for attention in self._text_attentions()]
+        frame_emb = emb.repeat_interleave(frames, dim=0)
+        run = _Pass(frame_emb, text_keys_values.split(widths, dim=-1), frames, transformer_options)
         distinct = distinct_clips(x, emb, transformer_options)
         hidden = self._run_blocks(self.conv_in(as_frames(x[:distinct])), run)
         predicted = hidden.unflatten(0, (clips, frames))[:, 1:].flatten(0, 1)
@@ -198,20 +200,8 @@ class ConsistI2VUNet(torch.nn.Module):
         return hidden
 
 
-class _Pass:
-    """One pass over the layers of a network: what they share, and the numbering of ComfyUI's block patches."""
-
-    def __init__(
-        self, attentions: Iterator[TextAttention], keys_values, emb, num_frames: int, transformer_options: dict
-    ):
-        widths = [2 * attention.inner_dim for attention in attentions]
-        self.keys_values = iter(keys_values.split(widths, dim=-1))
-        self.emb = emb.repeat_interleave(num_frames, dim=0)
-        self.num_frames = num_frames
-        self.options = transformer_options
-        self.patches = transformer_options.get("patches", {})
-        self.inputs = 0
-        self.outputs = 0
+class _Pass(LayerPass):
+    """One pass over the layers."""
 
     def layer(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         hidden = layer.resnet(hidden, self.emb[: hidden.shape[0]])
@@ -220,25 +210,6 @@ class _Pass:
             if transformer is not None:
                 hidden = transformer(self.repeat(hidden), next(self.keys_values), self.options)
         return hidden
-
-    def repeat(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All frames of the batch, from the frames of its distinct clips."""
-        copies = self.emb.shape[0] // hidden.shape[0]
-        return hidden if copies == 1 else hidden.repeat(copies, 1, 1, 1)
-
-    def patch_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.options["block"] = ("input", self.inputs)
-        self.inputs += 1
-        for patch in self.patches.get("input_block_patch", ()):
-            hidden = patch(hidden, self.options)
-        return hidden
-
-    def patch_output(self, hidden: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.options["block"] = ("output", self.outputs)
-        self.outputs += 1
-        for patch in self.patches.get("output_block_patch", ()):
-            hidden, skip = patch(hidden, skip, self.options)
-        return hidden, skip
 
 
 def _check(config: SimpleNamespace) -> None:

@@ -5,7 +5,6 @@ itself, so that the text's keys and values are projected once per run, frames st
 block patches (FreeU and its like) apply.
 """
 
-import comfy.model_management
 import comfy.patcher_extension
 import torch
 from diffusers.models.attention import FeedForward
@@ -16,6 +15,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 
+from .layer_pass import LayerPass, distinct_clips
 from .temporal import PictureEncoder, TemporalConv, TemporalTransformer, as_clip, as_frames
 from .transformer import ChunkedFeedForward, OptimizedAttention, SpatialTransformer
 
@@ -62,7 +62,7 @@ class BlockRunner:
         """
         emb = emb.repeat_interleave(num_frames, dim=0)
         widths = [2 * attention.inner_dim for attention in self._text_attentions()]
-        layers = _Layers(emb, iter(keys_values.split(widths, dim=-1)), num_frames, transformer_options)
+        layers = _Layers(emb, keys_values.split(widths, dim=-1), num_frames, transformer_options)
 
         skips = [layers.patch_input(hidden)]
         for block in self.down_blocks:
@@ -99,17 +99,8 @@ def _block_layers(block: torch.nn.Module) -> zip:
     )
 
 
-class _Layers:
-    """One pass over the layers of a network: what they share, and the numbering of ComfyUI's block patches."""
-
-    def __init__(self, emb, keys_values, num_frames, transformer_options):
-        self.emb = emb
-        self.keys_values = keys_values
-        self.num_frames = num_frames
-        self.options = transformer_options
-        self.patches = transformer_options.get("patches", {})
-        self.inputs = 0
-        self.outputs = 0
+class _Layers(LayerPass):
+    """One pass over the layers of a 3-D UNet."""
 
     def run(self, layer: tuple, hidden: torch.Tensor) -> torch.Tensor:
         resnet, temporal_conv, spatial, temporal = layer
@@ -119,39 +110,6 @@ class _Layers:
     def attend(self, spatial, temporal, hidden: torch.Tensor) -> torch.Tensor:
         hidden = spatial(self.repeat(hidden), next(self.keys_values), self.options)
         return temporal(hidden, self.num_frames, self.options)
-
-    def repeat(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All frames of the batch, from the frames of its distinct clips."""
-        copies = self.emb.shape[0] // hidden.shape[0]
-        return hidden if copies == 1 else hidden.repeat(copies, 1, 1, 1)
-
-    def patch_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.options["block"] = ("input", self.inputs)
-        self.inputs += 1
-        for patch in self.patches.get("input_block_patch", ()):
-            hidden = patch(hidden, self.options)
-        return hidden
-
-    def patch_output(self, hidden: torch.Tensor, skip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.options["block"] = ("output", self.outputs)
-        self.outputs += 1
-        for patch in self.patches.get("output_block_patch", ()):
-            hidden, skip = patch(hidden, skip, self.options)
-        return hidden, skip
-
-
-def distinct_clips(x: torch.Tensor, timesteps: torch.Tensor, transformer_options: dict) -> int:
-    """How many of the first clips of a batch (B, C, F, h, w) the rest repeats: B, or B / 2 in a guided run.
-
-    Guidance evaluates the same clips with two texts, which differ only from the first cross-attention on. Looking at
-    the values would make a GPU wait, and patches may count on the whole batch, so both get B.
-    """
-    clips, half = x.shape[0], x.shape[0] // 2
-    patched = any(map(transformer_options.get, ("patches", "patches_replace", "optimized_attention_override")))
-    if clips % 2 or patched or not comfy.model_management.is_device_cpu(x.device):
-        return clips
-    same = torch.equal(x[:half], x[half:]) and torch.equal(timesteps[:half], timesteps[half:])
-    return half if same else clips
 
 
 class ModelScopeUNet(BlockRunner, UNet3DConditionModel):

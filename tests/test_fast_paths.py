@@ -8,7 +8,8 @@ from diffusers.models.attention import FeedForward
 
 from consistent_video.models import convolution, transformer
 from consistent_video.models.adopt import adopt
-from consistent_video.models.unet3d import REPLACEMENTS, ModelScopeUNet, distinct_clips
+from consistent_video.models.layer_pass import distinct_clips
+from consistent_video.models.unet3d import REPLACEMENTS, ModelScopeUNet
 
 TINY = {
     "block_out_channels": (32, 64),
