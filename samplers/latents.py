@@ -45,3 +45,37 @@ def empty_latent(vae, width: int, height: int, frames: int, batch_size: int = 1)
         "samples": torch.zeros(shape, device=comfy.model_management.intermediate_device()),
         "downscale_ratio_spacial": spatial,
     }
+
+
+def last_frame(latent: dict) -> dict:
+    """The last frame of a clip LATENT as a clip of one frame: start of the next chunk of a long video.
+
+    Raises:
+        ValueError: no clip.
+    """
+    samples = _clip_of(latent, "The last frame")
+    return {"samples": samples[:, :, -1:].clone()}
+
+
+def join_clips(first: dict, second: dict) -> dict:
+    """Two clip LATENTs one after the other, without the first frame of the second, which repeats the last of the first.
+
+    Raises:
+        ValueError: no clips, or clips of another size or number.
+    """
+    before, after = _clip_of(first, "The first clip"), _clip_of(second, "The second clip")
+    if before.shape[:2] + before.shape[3:] != after.shape[:2] + after.shape[3:]:
+        raise ValueError(
+            f"Clips of shape {tuple(before.shape)} and {tuple(after.shape)} (batch, channels, frames, height, width) "
+            "cannot be joined. Make both with the same size and batch."
+        )
+    return {"samples": torch.cat((before, after[:, :, 1:].to(before)), dim=2)}
+
+
+def _clip_of(latent: dict, subject: str) -> torch.Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 5:
+        raise ValueError(
+            f"{subject} needs a latent (batch, channels, frames, height, width), not {tuple(samples.shape)}."
+        )
+    return samples
