@@ -35,7 +35,7 @@ def load_folder_network(
     component = folder / family.component
     network = build_on_meta(family.network, read_config(component / "config.json"), str(component / "config.json"))
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
-    state = read_weights(find_weights(component, "diffusion_pytorch_model", half))
+    state = family.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
     scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", family.scheduler)
     latent_format = FrameLatentFormat(scaling_factor(folder))
     patcher = assemble(family, network, state, weight_dtype, scheduler, latent_format, str(component), disable_dynamic)

@@ -1,9 +1,12 @@
 """The published model families: how each is recognised, what it is made of, and where it is published."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..models.consisti2v import ConsistI2VModel
+from ..models.consisti2v_unet import ConsistI2VUNet, drop_dead_keys
 from ..models.i2vgenxl import I2VGenXLModel
 from ..models.i2vgenxl_unet import I2VGenXLUNet
 from ..models.modelscope import ModelScopeModel
@@ -27,6 +30,8 @@ class Family:
         text_layer: hidden state of the text encoder that it takes, "last" or "penultimate".
         scheduler: scheduler/scheduler_config.json as published, for files that carry none.
         dtypes: types it computes well in, preferred first.
+        blocks: end of its block types' names, "3D" or "2D"; 2-D blocks count heads, of 64 channels as published.
+        prepare: takes published keys that the network has no place for out of a state dict.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Family:
     text_layer: str
     scheduler: dict
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    blocks: str = "3D"
+    prepare: Callable[[dict], dict] = dict
 
 
 MODELSCOPE = Family(
@@ -94,5 +101,32 @@ I2VGENXL = Family(
     },
 )
 
+CONSISTI2V = Family(
+    name="consisti2v",
+    title="ConsistI2V",
+    loader="Load ConsistI2V",
+    repository="TIGER-Lab/ConsistI2V",
+    component="unet",
+    network_class="VideoLDMUNet3DConditionModel",
+    marker="frame_stride_embedding.linear_1.weight",
+    network=ConsistI2VUNet,
+    model=ConsistI2VModel,
+    text_layer="last",
+    scheduler={
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 1,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+    },
+    blocks="2D",
+    prepare=drop_dead_keys,
+)
+
 # Families that share keys come after those with a marker of their own.
-FAMILIES = {family.name: family for family in (I2VGENXL, MODELSCOPE)}
+FAMILIES = {family.name: family for family in (CONSISTI2V, I2VGENXL, MODELSCOPE)}

@@ -69,16 +69,16 @@ def network_config(family: Family, state: Mapping[str, torch.Tensor]) -> dict:
         ),
         None,
     )
-    return {
+    widths = [_size(state, f"down_blocks.{level}.resnets.0.conv1.weight", 0, 0) for level in range(down)]
+    heads = {"attention_head_dim": [width // 64 for width in widths]} if family.blocks == "2D" else {}
+    return heads | {
         "in_channels": _size(state, "conv_out.weight", 0, 4),
         "out_channels": _size(state, "conv_out.weight", 0, 4),
-        "block_out_channels": [
-            _size(state, f"down_blocks.{level}.resnets.0.conv1.weight", 0, 0) for level in range(down)
-        ],
+        "block_out_channels": widths,
         "layers_per_block": _count(state, "down_blocks.0.resnets.{}.conv1.weight"),
         "cross_attention_dim": 1024 if text is None else text.shape[1],
-        "down_block_types": ["CrossAttnDownBlock3D" if has else "DownBlock3D" for has in attention],
-        "up_block_types": ["CrossAttnUpBlock3D" if has else "UpBlock3D" for has in reversed(attention)],
+        "down_block_types": [f"{'CrossAttn' * has}DownBlock{family.blocks}" for has in attention],
+        "up_block_types": [f"{'CrossAttn' * has}UpBlock{family.blocks}" for has in reversed(attention)],
     }
 
 
@@ -109,6 +109,7 @@ def load_file(
     """
     state = network_keys(read_weights([path]), str(path))
     family = choose_family(path, state, family_name)
+    state = family.prepare(state)
     network = build_on_meta(family.network, network_config(family, state), str(path))
     latent_format = FrameLatentFormat()
     patcher = assemble(

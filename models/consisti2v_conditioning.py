@@ -7,6 +7,7 @@ import torch
 from .consisti2v import FIRST_FRAME, FRAME_STRIDE
 from .consisti2v_picture import moving_crops
 from .frame_vae import FrameVAE, over_frames
+from .i2vgenxl_picture import check_pictures
 
 STRIDES = (1, 60)
 
@@ -23,6 +24,38 @@ def condition_prompts(
         raise ValueError(f"frame_stride {frame_stride} is outside {STRIDES[0]}..{STRIDES[1]}; trained on 1 to 5.")
     values = {FIRST_FRAME: static_video[:, :, :1], FRAME_STRIDE: frame_stride}
     return tuple(node_helpers.conditioning_set_values(prompt, values) for prompt in (positive, negative))
+
+
+def static_video(
+    vae: comfy.sd.VAE,
+    images: torch.Tensor | None,
+    first_frame: dict | None,
+    motion: str,
+    frames: int,
+    width: int,
+    height: int,
+    seed: int = 0,
+) -> torch.Tensor:
+    """The static video of a picture or of a first-frame LATENT, whichever is given: unscaled (N, 4, F, h, w).
+
+    Raises:
+        ValueError: none or both given, a latent with camera motion or of another size, or a picture that cannot be
+            encoded.
+    """
+    if (images is None) == (first_frame is None):
+        raise ValueError("Connect either first_frame (a picture) or first_frame_latent, and only one of the two.")
+    if images is not None:
+        check_pictures(images)
+        return static_video_of_picture(vae, images, motion, frames, width, height, seed)
+    if motion != "none":
+        raise ValueError(f"camera_motion {motion} needs a picture: connect first_frame, or set camera_motion to none.")
+    latent = static_video_of_latent(first_frame["samples"], frames)
+    if latent.shape[-2:] != (height // 8, width // 8):
+        raise ValueError(
+            f"first_frame_latent is {latent.shape[-1] * 8}x{latent.shape[-2] * 8} pixels, but the clip is "
+            f"{width}x{height}. Use the size of the clip that it comes from."
+        )
+    return latent
 
 
 def static_video_of_picture(

@@ -54,4 +54,44 @@ class EmptyLatent(io.ComfyNode):
         return io.NodeOutput(latents.empty_latent(vae, width, height, frames, batch_size))
 
 
-NODES = [EmptyLatent]
+class LastFrame(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoLastFrame",
+            display_name="Last Frame",
+            category=CATEGORY,
+            description="The last frame of a clip as a latent of one frame: the start of a long video's next chunk.",
+            search_aliases=["long video", "continue clip", "extend video", "chunk"],
+            inputs=[io.Latent.Input("latent", tooltip="A clip (batch, channels, frames, height, width).")],
+            outputs=[io.Latent.Output(tooltip="Its last frame (batch, channels, 1, height, width).")],
+        )
+
+    @classmethod
+    def execute(cls, latent: dict) -> io.NodeOutput:
+        return io.NodeOutput(latents.last_frame(latent))
+
+
+class JoinClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoJoinClips",
+            display_name="Join Clips",
+            category=CATEGORY,
+            description="Two clips one after the other, without the first frame of the second, which repeats the last "
+            "frame of the first.",
+            search_aliases=["long video", "concatenate clips", "append video", "chunk"],
+            inputs=[
+                io.Latent.Input("first", tooltip="The clip that comes first."),
+                io.Latent.Input("second", tooltip="The clip that continues it, of the same size and batch."),
+            ],
+            outputs=[io.Latent.Output(tooltip="One clip of all frames but the repeated one.")],
+        )
+
+    @classmethod
+    def execute(cls, first: dict, second: dict) -> io.NodeOutput:
+        return io.NodeOutput(latents.join_clips(first, second))
+
+
+NODES = [EmptyLatent, LastFrame, JoinClips]

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..loaders import audit, fingerprint, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
-from ..loaders.families import FAMILIES, I2VGENXL, MODELSCOPE, Family
+from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE, Family
 from ..loaders.network import WEIGHT_DTYPES
 from ..models.frame_vae import over_frames
 
@@ -104,6 +104,37 @@ class I2VGenXLLoader(io.ComfyNode):
         return io.NodeOutput(*parts, load_folder_vision(folder, weight_dtype))
 
 
+class ConsistI2VLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoConsistI2VLoader",
+            display_name="Load ConsistI2V",
+            category=CATEGORY,
+            description="Loads a ConsistI2V checkpoint folder: a first frame and a text to a clip that keeps the "
+            "frame's look.",
+            search_aliases=["consisti2v", "image to video", "i2v", "first frame", "frameinit"],
+            inputs=[checkpoint_input(CONSISTI2V, "unet, vae, text_encoder, tokenizer"), weight_dtype_input()],
+            outputs=[
+                io.Model.Output(tooltip="The UNet with layers over time; takes what ConsistI2V Conditioning makes."),
+                io.Clip.Output(tooltip="The OpenCLIP text encoder of the checkpoint."),
+                io.Vae.Output(tooltip="The image VAE of the checkpoint; decodes and encodes clips frame by frame."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str) -> bool | str:
+        return folders.explain_missing(CONSISTI2V, checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
+        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+
+    @classmethod
+    def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
+        return io.NodeOutput(*load_folder(CONSISTI2V, folders.find_checkpoint(checkpoint), weight_dtype))
+
+
 class DiffusionModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -199,4 +230,4 @@ class CheckpointAudit(io.ComfyNode):
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
-NODES = [ModelScopeLoader, I2VGenXLLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]
+NODES = [ModelScopeLoader, I2VGenXLLoader, ConsistI2VLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..samplers import reference, schedules
+from ..samplers import guidance, reference, schedules
 
 CATEGORY = "ConsistentVideo/sampling"
 
@@ -95,4 +95,48 @@ class ReferenceSampler(io.ComfyNode):
         return io.NodeOutput(reference.reference_sampler(algorithm, eta))
 
 
-NODES = [ReferenceScheduler, ReferenceSampler]
+class ImageTextGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoImageTextGuider",
+            display_name="Image and Text Guider",
+            category=CATEGORY,
+            description="Guides a clip by text and by picture, each with a strength of its own, for ConsistI2V and "
+            "I2VGen-XL.",
+            search_aliases=["cfg", "guidance", "image guidance", "dual cfg", "guidance rescale"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model of Load ConsistI2V or Load I2VGen-XL."),
+                io.Conditioning.Input("positive", tooltip="The positive prompt with the picture."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt with the picture."),
+                io.Float.Input(
+                    "cfg_text", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How closely to follow the text."
+                ),
+                io.Float.Input(
+                    "cfg_image",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How closely to follow the picture. Above 1 a third branch, without it, is computed.",
+                ),
+                io.Float.Input(
+                    "rescale",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the contrast that strong guidance adds to take back; 0 is off.",
+                ),
+            ],
+            outputs=[io.Guider.Output(tooltip="Guider for SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, cfg_text: float, cfg_image: float, rescale: float) -> io.NodeOutput:
+        guider = guidance.ImageTextGuider(model, cfg_text, cfg_image, rescale)
+        guider.set_conds(positive, negative)
+        return io.NodeOutput(guider)
+
+
+NODES = [ReferenceScheduler, ReferenceSampler, ImageTextGuider]

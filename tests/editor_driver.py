@@ -108,4 +108,4 @@ class Editor:
         picture = Image.open(io.BytesIO(page.screenshot(clip=clip)))
         picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS).convert(
             "RGB"
-        ).save(path, quality=85)
+        ).save(path, quality=75)

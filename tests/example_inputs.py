@@ -12,6 +12,7 @@ from PIL import Image
 
 VIDEO_NAME = "consistent_video_example.mp4"
 PICTURE_NAME = "consistent_video_example.png"
+WIDE_NAME = "consistent_video_wide.png"
 SIZE = 256
 FRAMES = 24
 FPS = 8
@@ -48,10 +49,15 @@ def write_picture(path: Path, clip: np.ndarray) -> None:
     Image.fromarray(clip[0]).save(path, "PNG")
 
 
+def write_wide_picture(path: Path, clip: np.ndarray) -> None:
+    """Write the first three frames side by side as a PNG, for the camera to pan over."""
+    Image.fromarray(np.concatenate(list(clip[:3]), axis=1)).save(path, "PNG")
+
+
 def write_inputs(folder: Path) -> None:
     """Write every input file of the example workflows; finished ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in ((VIDEO_NAME, write_video), (PICTURE_NAME, write_picture)):
+    for name, write in ((VIDEO_NAME, write_video), (PICTURE_NAME, write_picture), (WIDE_NAME, write_wide_picture)):
         if not (folder / name).exists():
             unfinished = folder / f".{name}"
             write(unfinished, disc_clip())

@@ -31,6 +31,24 @@ MODELSCOPE_UNET = {
     "norm_num_groups": 32,
 }
 I2VGENXL_NAME = "i2vgen-xl"
+CONSISTI2V_NAME = "ConsistI2V"
+CONSISTI2V_UNET = {
+    "_class_name": "VideoLDMUNet3DConditionModel",
+    "block_out_channels": [64, 64, 128, 128],
+    "layers_per_block": 1,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": [1, 1, 2, 2],
+    "n_temp_heads": 2,
+}
+CONSISTI2V_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+}
 REFINER_NAME = "zeroscope_v2_XL"
 SDXL_NAME = "sd_xl_base_1.0.safetensors"
 I2VGENXL_SCHEDULER = {
@@ -193,6 +211,25 @@ def write_i2vgenxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_consisti2v(folder: Path, seed: int = 0) -> Path:
+    """A ConsistI2V folder, with parameters that every published file has and no network reads."""
+    from consistent_video.models.consisti2v_unet import ConsistI2VUNet
+
+    torch.manual_seed(seed)
+    unet = ConsistI2VUNet(**{key: value for key, value in CONSISTI2V_UNET.items() if key != "_class_name"})
+    _spread(unet)
+    dead = {"down_blocks.0.conv3ds.0.time_emb_proj.weight": torch.zeros(64, 512)}
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text(json.dumps(CONSISTI2V_UNET))
+    save_file({**unet.state_dict(), **dead}, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    write_image_vae(folder / "vae")
+    write_text_encoder(folder / "text_encoder")
+    write_tokenizer(folder / "tokenizer", "!")
+    write_scheduler(folder, CONSISTI2V_SCHEDULER)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ConditionalAnimationPipeline"}))
+    return folder
+
+
 def write_refiner(folder: Path) -> Path:
     """A second checkpoint of the ModelScope family."""
     return write_modelscope(folder, seed=2)
@@ -253,6 +290,7 @@ CHECKPOINTS = {
     f"diffusers/{MODELSCOPE_NAME}": write_modelscope,
     f"diffusers/{I2VGENXL_NAME}": write_i2vgenxl,
     f"diffusion_models/{ORIGINAL_NAME}": write_original_modelscope,
+    f"diffusers/{CONSISTI2V_NAME}": write_consisti2v,
     f"diffusers/{REFINER_NAME}": write_refiner,
     f"checkpoints/{SDXL_NAME}": write_sdxl,
     "vae_approx/taesd_encoder.safetensors": write_taesd,
