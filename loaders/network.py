@@ -98,7 +98,8 @@ def load_network(
     """Give a network built on the meta device its weights and ComfyUI's layers; returns it.
 
     Tensors already of type `dtype` are used where they are (memory-mapped), others are converted one by one.
-    An 8-bit `dtype` applies to matrices and kernels; norms and biases keep 16 bits.
+    An 8-bit `dtype` applies to matrices and kernels; norms and biases keep 16 bits. Keys that end in one of the
+    network's `keep_in_fp32`, if it has such an attribute, are stored in float32.
 
     Raises:
         ValueError: keys or shapes differ.
@@ -106,8 +107,9 @@ def load_network(
     difference = compare(state, network)
     if difference:
         raise ValueError(f"{source} does not fit the network that its configuration describes: {difference.summary()}.")
+    precise = tuple(getattr(network, "keep_in_fp32", ()))
     for key in list(state):
-        state[key] = state[key].to(_storage_dtype(state[key], dtype))
+        state[key] = state[key].to(torch.float32 if key.endswith(precise) else _storage_dtype(state[key], dtype))
     network.load_state_dict(state, assign=True)
     return adopt(network.requires_grad_(False).eval(), operations, replacements)
 

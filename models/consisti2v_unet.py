@@ -40,6 +40,9 @@ class ConsistI2VUNet(torch.nn.Module):
         ValueError: a field has a value for which there is no published checkpoint.
     """
 
+    # Angles are frequencies times frame numbers: what 16 bits round off grows with the clip.
+    keep_in_fp32 = ("rotary_emb.freqs",)
+
     def __init__(
         self,
         sample_size: int | None = 64,

@@ -13,12 +13,15 @@ import torch
 
 from . import schedules
 from .filters import LowPass, mix_low_high
-from .noise import add_noise, require_exploding, require_frames
+from .noise import add_noise, noise_over_signal, require_frames
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 
-# Above this sigma the last training timestep keeps less than a thousandth of the clip.
+# Above this sigma the last training timestep keeps less than a thousandth of the clip: nothing to carry over. Such
+# models (flow, zero terminal signal-to-noise ratio) take the noise level that FreeInit was published with, the last one
+# of Stable Diffusion's betas.
 NO_SIGNAL_SIGMA = 1000.0
+PUBLISHED_SIGMA = 14.6146
 
 # The sigma below which a run counts as finished: ComfyUI's uni_pc writes 0.001 in place of 0 into the sigmas it gets.
 FINISHED_SIGMA = 0.005
@@ -77,11 +80,11 @@ class FreeInit(comfy.samplers.Sampler):
             The latent (B, C, F, H, W) of the last run.
 
         Raises:
-            ValueError: a latent without a frame axis, no noise, sigmas that do not end at 0, or a model whose last
-                training timestep keeps nothing of the clip (flow models, zero terminal signal-to-noise ratio).
+            ValueError: a latent without a frame axis, no noise, sigmas that do not end at 0, or a model that adds no
+                noise.
         """
         base_model = model_wrap.inner_model
-        last_sigma = _last_sigma(base_model.model_sampling)
+        last_sigma = carried_sigma(base_model.model_sampling)
         _check_run(noise, sigmas)
         config = getattr(base_model, "scheduler_config", None)
         plans = [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
@@ -160,20 +163,10 @@ class _Progress:
         return report
 
 
-def _last_sigma(model_sampling: torch.nn.Module) -> float:
-    """Sigma of the last training timestep.
-
-    Raises:
-        ValueError: see `FreeInit.sample`.
-    """
-    require_exploding(model_sampling, "FreeInit")
-    sigma = float(model_sampling.sigma_max)
-    if sigma > NO_SIGNAL_SIGMA:
-        raise ValueError(
-            f"FreeInit carries over what the model's last training timestep keeps of a clip; at its sigma {sigma:.0f} "
-            "(zero terminal signal-to-noise ratio) that is nothing. Leave FreeInit out with this model."
-        )
-    return sigma
+def carried_sigma(model_sampling: torch.nn.Module) -> float:
+    """Noise over signal of the state that carries a clip into the next run: the last training timestep's."""
+    sigma = noise_over_signal(model_sampling, model_sampling.sigma_max)
+    return PUBLISHED_SIGMA if sigma > NO_SIGNAL_SIGMA else sigma
 
 
 def _check_run(noise: torch.Tensor, sigmas: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from .filters import LowPass, mix_low_high
 
 MODES = ("independent", "mixed", "progressive")
+TRAINING_TIMESTEPS = 1000
 
 
 class Noise(Protocol):
@@ -105,8 +106,8 @@ class FrameInitNoise:
         """Noise (B, C, F, H, W) for a LATENT.
 
         Raises:
-            ValueError: a latent without a frame axis, a static video of another size, a model that does not sample in
-                variance-exploding space, or a noise level outside its table.
+            ValueError: a latent without a frame axis, a static video of another size, a model that adds no noise, or a
+                noise level outside its table.
         """
         samples = input_latent["samples"]
         require_frames(samples, "FrameInit")
@@ -150,21 +151,55 @@ def mix_frames(mode: str, alpha: float, base: torch.Tensor, independent: torch.T
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The variance-preserving state sqrt(a) * clean + sqrt(1 - a) * noise with a = 1 / (1 + sigma^2)."""
-    return (clean + sigma * noise) / math.sqrt(1 + sigma**2)
+    """The variance-preserving state sqrt(a) * clean + sqrt(1 - a) * noise with a = 1 / (1 + sigma^2).
+
+    Args:
+        clean: any shape.
+        noise: the same shape, unit variance.
+        sigma: noise over signal, 0 to infinity.
+    """
+    angle = math.atan(sigma)
+    return math.cos(angle) * clean + math.sin(angle) * noise
 
 
 def level_sigma(model_sampling: torch.nn.Module, level: int) -> float:
-    """Sigma of a training timestep in a model's table.
+    """Noise over signal at a training timestep, for any kind of model.
+
+    Args:
+        model_sampling: of the model.
+        level: 0..T-1 with T = 1000; a model with a finer table has its levels at the same shares of it.
 
     Raises:
-        ValueError: a model that does not sample in variance-exploding space, or a level outside its table.
+        ValueError: a level outside the table, or a model that adds no noise.
     """
-    require_exploding(model_sampling, "FrameInit")
-    last = len(model_sampling.sigmas) - 1
-    if not 0 <= level <= last:
-        raise ValueError(f"noise_level is {level}, but the model has noise levels 0 to {last}. Choose one of those.")
-    return model_sampling.sigmas[level].item()
+    if not 0 <= level < TRAINING_TIMESTEPS:
+        raise ValueError(
+            f"noise_level is {level}, but training timesteps go from 0 to {TRAINING_TIMESTEPS - 1}. Choose one of them."
+        )
+    table = model_sampling.sigmas
+    return noise_over_signal(model_sampling, table[math.ceil((level + 1) * len(table) / TRAINING_TIMESTEPS) - 1])
+
+
+def noise_over_signal(model_sampling: torch.nn.Module, sigma: torch.Tensor) -> float:
+    """How much noise a model's state holds per unit of signal: sigma itself, or sigma / (1 - sigma) of flow models.
+
+    Args:
+        model_sampling: of the model.
+        sigma: scalar, one of its noise levels.
+
+    Raises:
+        ValueError: a model whose states hold no noise.
+    """
+    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sigma = sigma.detach().cpu().double().reshape(1)
+    noise = model_sampling.noise_scaling(sigma, one.clone(), none).item()
+    signal = model_sampling.noise_scaling(sigma, none.clone(), one).item()
+    if noise == 0 and sigma > 0:
+        raise ValueError(
+            f"This model ({_kind(model_sampling)}) adds no noise to a latent, so no noise can be prepared for it. "
+            "Leave this node out with this model."
+        )
+    return noise / signal if signal > 0 else math.inf
 
 
 def require_exploding(model_sampling: torch.nn.Module, subject: str) -> None:
@@ -178,10 +213,9 @@ def require_exploding(model_sampling: torch.nn.Module, subject: str) -> None:
         ValueError: see above.
     """
     if not isinstance(model_sampling, comfy.model_sampling.EPS):
-        found = ", ".join(base.__name__ for base in type(model_sampling).__bases__)
         raise ValueError(
-            f"{subject} works with the noise levels of epsilon and v-prediction models; this model samples as {found}. "
-            "Leave it out with this model."
+            f"{subject} works with the noise levels of epsilon and v-prediction models; this model samples as "
+            f"{_kind(model_sampling)}. Leave it out with this model."
         )
 
 
@@ -228,6 +262,10 @@ def fit_video(video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
             "frame, or one clip for a whole batch, also fits."
         )
     return video.expand(shape)
+
+
+def _kind(model_sampling: torch.nn.Module) -> str:
+    return ", ".join(base.__name__ for base in type(model_sampling).__bases__)
 
 
 def _check_mode(mode: str, alpha: float) -> None:

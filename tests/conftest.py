@@ -1,5 +1,7 @@
 """Fixtures: a real ComfyUI in this process, tiny checkpoints built once per session."""
 
+from pathlib import Path
+
 from comfy_process import comfyui_folder, enter
 
 enter()
@@ -35,9 +37,11 @@ def i2vgenxl_folder(models_folder):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A live ComfyUI server with this pack and checkpoints of its own, which a test may damage."""
+    """A live ComfyUI server with this pack, `tensor_nodes` and checkpoints of its own, which a test may damage."""
     folder = tmp_path_factory.mktemp("comfyui")
     tiny_checkpoints.build_all(folder / "models")
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "tensor_nodes").symlink_to(Path(__file__).parent / "tensor_nodes")
     with ComfyServer(folder, comfyui=comfyui_folder()) as running:
         yield running
 

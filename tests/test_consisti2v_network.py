@@ -378,3 +378,12 @@ def test_network_without_frame_stride_or_window():
     )
     assert not [key for key in network.state_dict() if key.startswith("frame_stride_embedding")]
     assert network.down_blocks[0].tempo_attns[0].window is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_rotary_frequencies_keep_their_precision(network, dtype):
+    stored = load(dtype, comfy.ops.manual_cast).state_dict()
+    frequencies = [key for key in stored if key.endswith("rotary_emb.freqs")]
+    assert len(frequencies) == 6
+    assert all(torch.equal(stored[key], network.state_dict()[key]) for key in frequencies)
+    assert {value.dtype for key, value in stored.items() if value.ndim > 1} == {dtype}

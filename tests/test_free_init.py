@@ -221,14 +221,26 @@ def test_other_schedules_are_read_off_between_their_sigmas(config):
     assert torch.equal(free_init.shorten(sigmas, 6, config), sigmas)
 
 
-def test_models_that_keep_nothing_at_the_last_timestep_are_refused(loaded):
+def test_the_published_noise_level_is_that_of_stable_diffusion():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    kept = (1 - betas).prod()
+    assert free_init.PUBLISHED_SIGMA == pytest.approx(((1 - kept) / kept).sqrt().item(), abs=1e-4)
+
+
+def test_models_that_keep_nothing_at_the_last_timestep_take_the_published_noise_level(loaded):
     config = loaded[0].model.model_config
     flow = comfy.model_base.model_sampling(config, comfy.model_base.ModelType.FLOW)
-    with pytest.raises(ValueError, match="FreeInit works with.*samples as ModelSamplingDiscreteFlow, CONST"):
-        run(loaded, wrapped(), model=with_sampling(loaded, flow))
     zero_snr = type(loaded[0].get_model_object("model_sampling"))(config, zsnr=True)
-    with pytest.raises(ValueError, match="sigma 4519.*zero terminal.*Leave FreeInit out"):
-        run(loaded, wrapped(), model=with_sampling(loaded, zero_snr))
+    assert free_init.carried_sigma(flow) == free_init.carried_sigma(zero_snr) == free_init.PUBLISHED_SIGMA
+    usual = loaded[0].get_model_object("model_sampling")
+    assert free_init.carried_sigma(usual) == pytest.approx(usual.sigma_max.item())
+
+
+def test_models_that_add_no_noise_are_refused(loaded):
+    config = loaded[0].model.model_config
+    still = comfy.model_base.model_sampling(config, comfy.model_base.ModelType.IMG_TO_IMG_FLOW)
+    with pytest.raises(ValueError, match="IMG_TO_IMG_FLOW.* adds no noise"):
+        run(loaded, wrapped(), model=with_sampling(loaded, still))
 
 
 def test_runs_that_cannot_be_repeated_are_refused(loaded):

@@ -1,5 +1,6 @@
 """I2VGen-XL in ComfyUI against the published pipeline: same tiny weights, same noise, same pictures."""
 
+import comfy.samplers
 import pytest
 import torch
 from diffusers import I2VGenXLPipeline
@@ -9,9 +10,10 @@ from PIL import Image
 from consistent_video.loaders import checkpoint
 from consistent_video.loaders.families import I2VGENXL
 from consistent_video.models import i2vgenxl_picture
-from consistent_video.models.i2vgenxl import image_latents
+from consistent_video.models.i2vgenxl import IMAGE_EMBEDDING, IMAGE_LATENT, image_latents
 from consistent_video.models.i2vgenxl_conditioning import condition_prompts
 from consistent_video.samplers import reference, schedules
+from consistent_video.samplers.guidance import ImageTextGuider
 from native_sampling import conditioning, sample
 
 PROMPT = "a boat on a lake"
@@ -193,3 +195,36 @@ def test_two_pictures_give_the_clips_of_each(loaded):
     )
     assert (both - singles).abs().max() < 1e-4
     assert (singles[0] - singles[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_guidance_by_text_and_picture(loaded, rescale):
+    """One step to zero is the guided x0: that of three separate runs, the first without latent and embedding."""
+    noise, pictures = noise_of(1, 4, 3, 8, 8), picture_of(64, 64).unsqueeze(0)
+    positive, negative = prompts(loaded, pictures, noise)
+    blank = {key: torch.zeros_like(negative[0][1][key]) for key in (IMAGE_LATENT, IMAGE_EMBEDDING)}
+    nothing = [[negative[0][0], {**negative[0][1], **blank}]]
+    sigmas = torch.tensor([9.0, 0.0])
+    euler = comfy.samplers.sampler_object("euler")
+    alone = [sample(loaded[0], prompt, prompt, noise, euler, sigmas, 1.0) for prompt in (positive, negative, nothing)]
+    text, picture, none = (clean * SCALE for clean in alone)
+    expected = none + 2.0 * (picture - none) + 7.5 * (text - picture)
+    if rescale:
+        state = loaded[0].get_model_object("model_sampling").noise_scaling(sigmas[:1], noise, torch.zeros_like(noise))
+        said = [velocity(state, clean, 9.0) for clean in (text, expected)]
+        factor = rescale * said[0].std() / said[1].std() + 1 - rescale
+        expected = clean_of(state, factor * said[1], 9.0)
+    guider = ImageTextGuider(loaded[0], 7.5, 2.0, rescale)
+    guider.set_conds(positive, negative)
+    guided = guider.sample(noise, torch.zeros_like(noise), euler, sigmas, seed=0, disable_pbar=True) * SCALE
+    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
+    assert (picture - none).abs().max() > 1e-3 and (text - picture).abs().max() > 1e-3
+
+
+def clean_of(state, velocity, sigma):
+    """x0 of a variance-exploding state and v, the network's output."""
+    return state / (1 + sigma**2) - velocity * sigma / (1 + sigma**2) ** 0.5
+
+
+def velocity(state, clean, sigma):
+    return (state / (1 + sigma**2) - clean) * (1 + sigma**2) ** 0.5 / sigma

@@ -242,8 +242,36 @@ def test_frame_init_refuses_what_it_cannot_do(loaded):
     for level in (-1, 1000):
         with pytest.raises(ValueError, match=f"noise_level is {level}.*0 to 999"):
             frame_init(loaded[0], video, noise_level=level).generate_noise(latent_of(1, 4, 3, 6, 8))
-    flow = loaded[0].clone()
-    config = loaded[0].model.model_config
-    flow.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, comfy.model_base.ModelType.FLOW))
-    with pytest.raises(ValueError, match="FrameInit works with.*samples as ModelSamplingDiscreteFlow, CONST"):
-        frame_init(flow, video).generate_noise(latent_of(1, 4, 3, 6, 8))
+    still = with_sampling(loaded[0], comfy.model_base.ModelType.IMG_TO_IMG_FLOW)
+    with pytest.raises(ValueError, match="IMG_TO_IMG_FLOW.* adds no noise.*Leave this node out"):
+        frame_init(still, video).generate_noise(latent_of(1, 4, 3, 6, 8))
+
+
+def with_sampling(model, kind):
+    model = model.clone()
+    model.add_object_patch("model_sampling", comfy.model_base.model_sampling(model.model.model_config, kind))
+    return model
+
+
+@pytest.mark.parametrize("noise_level", [0, 300, 850, 999])
+def test_frame_init_noises_for_flow_models_along_their_path(loaded, noise_level):
+    """A flow model's state (1 - s) x + s n at unit variance, whatever its table's length."""
+    flow = with_sampling(loaded[0], comfy.model_base.ModelType.FLOW)
+    fine = with_sampling(loaded[0], comfy.model_base.ModelType.FLUX)
+    video, latent = noise_of(1, 4, 5, 6, 8) * 4, latent_of(1, 4, 5, 6, 8)
+    drawn = shared("mixed").generate_noise(latent)
+    for model, last in ((flow, 1000), (fine, 10000)):
+        level = (noise_level + 1) * last // 1000 - 1
+        s = model.get_model_object("model_sampling").sigmas[level].double()
+        noised = ((1 - s) * video * SCALE + s * drawn) / (s**2 + (1 - s) ** 2).sqrt()
+        mask = FreeInitMixin()._get_free_init_freq_filter(drawn.shape, "cpu", "gaussian", 4, 0.25, 0.25)
+        expected = FreeInitMixin()._apply_freq_filter(noised.float(), drawn, mask)
+        made = frame_init(model, {"samples": video}, None, noise_level).generate_noise(latent)
+        torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
+
+
+def test_levels_of_short_tables_stay_inside(loaded):
+    sampling = with_sampling(loaded[0], comfy.model_base.ModelType.EPS).get_model_object("model_sampling")
+    sampling.set_sigmas(sampling.sigmas[19::20])
+    levels = [noise.level_sigma(sampling, level) for level in (0, 19, 20, 999)]
+    assert levels == pytest.approx([sampling.sigmas[index].item() for index in (0, 0, 1, 49)])

@@ -17,8 +17,11 @@ from comfy_process import REPOSITORY
 # Folder -> folders of the pack that it may import.
 MAY_IMPORT = {
     "": {"nodes"},
-    "nodes": {"nodes", "loaders", "samplers", "models"},
-    "loaders": {"loaders", "samplers", "models"},
+    "nodes": {"nodes", "loaders", "patches", "samplers", "faces", "story", "models"},
+    "loaders": {"loaders", "samplers", "faces", "models"},
+    "story": {"story", "patches", "samplers", "faces", "models"},
+    "patches": {"patches", "samplers", "models"},
+    "faces": {"faces", "samplers", "models"},
     "samplers": {"samplers", "models"},
     "models": {"models"},
 }
@@ -30,7 +33,7 @@ SOURCES = sorted(
 )
 # Beside the declared dependencies: ComfyUI, and what ComfyUI itself cannot start without.
 HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "node_helpers", "torch", "numpy", "PIL"}
-OWN_PACKAGES = {"consistent_video", "nodes", "loaders", "models", "samplers", "tests", "scripts", "benchmarks"}
+OWN_PACKAGES = {"consistent_video", *MAY_IMPORT, "tests", "scripts", "benchmarks"} - {""}
 FORBIDDEN_IMPORTS = {
     "aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "marshal", "requests", "runpy",
     "shelve", "smtplib", "socket", "subprocess", "urllib", "webbrowser",
