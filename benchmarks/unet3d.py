@@ -1,9 +1,11 @@
-"""One of the pack's 3-D UNets against the same network of diffusers, at published width on this machine's CPU.
+"""One of the pack's 3-D UNets against its reference, at published width on this machine's CPU.
 
-    python3 benchmarks/unet3d.py [--network i2vgenxl] [--json PATH] [--seconds 170] [--threads N]
+    python3 benchmarks/unet3d.py [--network i2vgenxl | consisti2v] [--json PATH] [--seconds 170] [--threads N]
 
-Prepares the environment like scripts/test.py, then measures in a process of its own: see unet3d_measure.py. Prints a
-table and writes the numbers to benchmarks/results/<network>.json. Needs 10 GB of free memory and about three minutes.
+Prepares the environment like scripts/test.py, then measures in a process of its own: the networks that diffusers has
+against those (unet3d_measure.py), ConsistI2V's attention against the published formulation (consisti2v_measure.py).
+Prints a table and writes the numbers to benchmarks/results/<network>.json. Needs 10 GB of free memory and about three
+minutes.
 """
 
 import argparse
@@ -12,6 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+SCRIPTS = {
+    "modelscope": "unet3d_measure.py",
+    "i2vgenxl": "unet3d_measure.py",
+    "consisti2v": "consisti2v_measure.py",
+}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -20,7 +27,7 @@ from environment import EnvironmentProblem, prepare
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=("modelscope", "i2vgenxl"), default="modelscope")
+    parser.add_argument("--network", choices=SCRIPTS, default="modelscope")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<network>.json")
     parser.add_argument("--seconds", type=int, default=170, help="time for everything (default 170)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
@@ -31,7 +38,7 @@ def main() -> int:
     except EnvironmentProblem as problem:
         print(problem, file=sys.stderr)
         return 1
-    script = Path(__file__).with_name("unet3d_measure.py")
+    script = Path(__file__).with_name(SCRIPTS[options.network])
     path = options.json or ROOT / "benchmarks" / "results" / f"{options.network}.json"
     arguments = (options.network, path, options.seconds, options.threads)
     command = [str(environment.python), str(script), *map(str, arguments)]
