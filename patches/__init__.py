@@ -1,0 +1,1 @@
+"""What a MODEL -> MODEL node installs."""

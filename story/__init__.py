@@ -1,0 +1,1 @@
+"""Picture stories: the script, its styles and passes, captions and comic pages."""
