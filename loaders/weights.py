@@ -82,13 +82,18 @@ def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     """
     state = {}
     for path in files:
-        part = _read_file(path)
-        _check_tensors(path, part)
+        part = read_file(path)
+        check_tensors(path, part)
         state.update(part)
     return state
 
 
-def _read_file(path: Path) -> dict:
+def read_file(path: Path) -> dict:
+    """What a weight file holds: named tensors, or nested dictionaries of them.
+
+    Raises:
+        ValueError: the file is damaged, or holds pickled objects that could run code.
+    """
     try:
         return comfy.utils.load_torch_file(str(path))
     except pickle.UnpicklingError as error:
@@ -96,7 +101,7 @@ def _read_file(path: Path) -> dict:
             f"{path} is damaged, or holds pickled objects other than tensors, which could run code and are refused. "
             "Get the .safetensors version of this file from the original publisher."
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, EOFError, OSError, KeyError) as error:
         size = path.stat().st_size
         raise ValueError(
             f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one "
@@ -104,7 +109,12 @@ def _read_file(path: Path) -> dict:
         ) from error
 
 
-def _check_tensors(path: Path, state: dict) -> None:
+def check_tensors(path: Path, state: dict) -> None:
+    """Refuse what is no state dict of finite tensors.
+
+    Raises:
+        ValueError: see above.
+    """
     foreign = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if foreign or not state:
         found = f"other objects under {', '.join(foreign[:3])}" if foreign else "nothing"
