@@ -161,6 +161,18 @@ def encode_tensors(
     return Encoded(merged, merged_options, text_only, text_only_options)
 
 
+def read_counts(text: str) -> list[int] | None:
+    """Pictures per person from numbers with commas between them; None for an empty text.
+
+    Raises:
+        ValueError: something else than numbers.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"pictures_per_person is {text!r}. Write numbers with commas between them, such as '2, 1'.")
+    return [int(part) for part in parts] or None
+
+
 def check_clip(clip: comfy.sd.CLIP) -> None:
     """Raise ValueError unless the CLIP has SDXL's two text encoders."""
     if not isinstance(clip.tokenizer, comfy.sdxl_clip.SDXLTokenizer):

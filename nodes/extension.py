@@ -2,8 +2,8 @@
 
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
-from ..loaders import lora
-from . import conditioning, latents, loaders, noise, sampling
+from ..loaders import character_bank, fonts, lora
+from . import conditioning, faces, latents, loaders, noise, patches, photomaker, sampling, story
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -20,14 +20,31 @@ REPLACEMENTS = [
 ]
 
 
+def register_folders() -> None:
+    """Tell ComfyUI of the pack's own folders below `models`, which nodes list."""
+    character_bank.register_folder()
+    fonts.register_folder()
+
+
 class ConsistentVideoExtension(ComfyExtension):
     async def on_load(self) -> None:
         lora.register()
+        register_folders()
         for replacement in REPLACEMENTS:
             await ComfyAPI().node_replacement.register(replacement)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loaders.NODES, *conditioning.NODES, *latents.NODES, *noise.NODES, *sampling.NODES]
+        return [
+            *loaders.NODES,
+            *conditioning.NODES,
+            *latents.NODES,
+            *noise.NODES,
+            *sampling.NODES,
+            *patches.NODES,
+            *story.NODES,
+            *photomaker.NODES,
+            *faces.NODES,
+        ]
 
 
 async def comfy_entrypoint() -> ConsistentVideoExtension:

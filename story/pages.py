@@ -19,6 +19,7 @@ from .captions import SMALLEST_SIZE, draw_caption, draw_published_caption
 from .lettering_fonts import BUNDLED, BUNDLED_PATH, choose_font, open_font
 from .page_rows import COLUMNS, Box, classic_rows, place_rows, square_rows
 from .published_pages import published_classic, published_four_panel
+from .script import Story
 
 LAYOUTS = ("four_panel", "classic", "none")
 LARGEST_SIZE = 512
@@ -78,6 +79,19 @@ def make_pages(
     pages = lay_out(panels, texts, layout, path, size, seed, published)
     fitted = fit_paper(pages, centred=layout == "none")
     return torch.from_numpy(np.stack(fitted).astype(np.float32) / 255)
+
+
+def captions_of(pictures: int, story: Story | None, text: str) -> list[str]:
+    """The captions of a story, or of a text with one line for each picture; none for an empty text.
+
+    Raises:
+        ValueError: both a story and a text.
+    """
+    if story is not None:
+        if text.strip():
+            raise ValueError("Both a story and captions are given. Clear captions, or disconnect the story.")
+        return list(story.captions)
+    return text.splitlines() if text.strip() else [""] * pictures
 
 
 def lay_out(

@@ -13,17 +13,19 @@ from comfy_process import REPOSITORY, enter
 enter()
 
 import consistent_video
+from consistent_video.nodes.extension import register_folders
 
 ENGLISH = REPOSITORY / "locales" / "en" / "nodeDefs.json"
 SNAPSHOT = REPOSITORY / "tests" / "data" / "schema.json"
 
 # Combos that list what is on the disk.
-FILE_COMBOS = ("checkpoint", "file")
+FILE_COMBOS = ("checkpoint", "file", "font", "source")
 LIMITS = ("default", "min", "max", "step", "options")
 
 
 def nodes() -> list[type]:
     """The classes that the extension gives to ComfyUI, in its order."""
+    register_folders()
     extension = asyncio.run(consistent_video.comfy_entrypoint())
     return asyncio.run(extension.get_node_list())
 

@@ -18,7 +18,7 @@ from comfy_process import REPOSITORY
 MAY_IMPORT = {
     "": {"nodes"},
     "nodes": {"nodes", "loaders", "patches", "samplers", "faces", "story", "models"},
-    "loaders": {"loaders", "samplers", "faces", "models"},
+    "loaders": {"loaders", "patches", "samplers", "faces", "models"},
     "story": {"story", "patches", "samplers", "faces", "models"},
     "patches": {"patches", "samplers", "models"},
     "faces": {"faces", "samplers", "models"},
@@ -32,7 +32,7 @@ SOURCES = sorted(
     ]
 )
 # Beside the declared dependencies: ComfyUI, and what ComfyUI itself cannot start without.
-HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "node_helpers", "torch", "numpy", "PIL"}
+HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers", "torch", "numpy", "PIL"}
 OWN_PACKAGES = {"consistent_video", *MAY_IMPORT, "tests", "scripts", "benchmarks"} - {""}
 FORBIDDEN_IMPORTS = {
     "aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "marshal", "requests", "runpy",

@@ -1,0 +1,45 @@
+"""What was found of the face networks, as one value: FACE_MODEL."""
+
+from dataclasses import dataclass, field
+
+from .arcface import ArcFace
+from .detection import Detector
+from .eva_vision import EvaVision
+from .parsing import FaceParser
+from .retinaface import RetinaFace
+
+
+@dataclass(frozen=True, eq=False)
+class FaceModel:
+    """The networks of one source. Only the detector is always there.
+
+    Attributes:
+        name: the source's name.
+        detector: finds faces and their key points.
+        recogniser: identity embeddings (ArcFace).
+        aligner: key points for portrait crops; without it the detector's are used.
+        parser: cuts faces out.
+        vision: EVA02-CLIP features.
+        missing: attribute -> what is missing, where it is published and where it goes.
+    """
+
+    name: str
+    detector: Detector
+    recogniser: ArcFace | None = None
+    aligner: RetinaFace | None = None
+    parser: FaceParser | None = None
+    vision: EvaVision | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def require_recogniser(self) -> ArcFace:
+        """The recogniser.
+
+        Raises:
+            FileNotFoundError: it was not found.
+        """
+        if self.recogniser is None:
+            raise FileNotFoundError(
+                f"The face model '{self.name}' finds and aligns faces but cannot tell who they are: identity "
+                f"embeddings need published weights. {self.missing.get('recogniser', '')}".strip()
+            )
+        return self.recogniser

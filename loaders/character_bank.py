@@ -1,0 +1,128 @@
+"""Character banks on disk: safetensors with the run they were made in."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..patches.character_bank import CharacterBank, Evaluation, Origin, Slot
+from ..patches.token_sharing import Layer, Sharing
+from .weights import read_file
+
+FOLDER = "character_banks"
+FORMAT = "consistent_video.character_bank"
+VERSION = 1
+
+
+def register_folder() -> None:
+    """Let ComfyUI list banks of `models/character_banks` and of the output folder of the same name."""
+    for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
+        folder_paths.add_model_folder_path(FOLDER, str(Path(parent) / FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+
+def list_files() -> list[str]:
+    """Names of the files in the folders of banks."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def find_file(name: str) -> Path:
+    """The path of a listed file.
+
+    Raises:
+        FileNotFoundError: no folder of banks holds it.
+    """
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FileNotFoundError(explain_missing(name))
+    return Path(path)
+
+
+def explain_missing(name: str) -> str:
+    """What to tell a user whose bank is not there."""
+    folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
+    return (
+        f"Character bank '{name}' was not found. Save one with Save Character Bank, or put the file into {folders}, "
+        "then refresh the node list (R)."
+    )
+
+
+def save_bank(bank: CharacterBank, path: Path) -> None:
+    """Write a bank.
+
+    Raises:
+        ValueError: a bank that holds nobody.
+    """
+    if not bank.characters:
+        raise ValueError("The character bank is empty. Draw a story with reference panels first.")
+    names = list(bank.characters)
+    state = {
+        f"{names.index(name)}/{_slot_key(slot)}": tensor
+        for name, tokens in bank.characters.items()
+        for slot, tensor in tokens.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "characters": names,
+        "origin": dataclasses.asdict(bank.origin),
+    }
+    comfy.utils.save_torch_file(state, str(path), metadata={FORMAT: json.dumps(metadata)})
+
+
+def load_bank(path: Path) -> CharacterBank:
+    """Read a bank; its tensors stay in the file until they are needed.
+
+    Raises:
+        ValueError: the file is damaged, or is no character bank.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = (file.metadata() or {}).get(FORMAT)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file: {error}. Choose a file that "
+            "Save Character Bank wrote, or save the bank again."
+        ) from error
+    try:
+        metadata = json.loads(described)
+        names = [str(name) for name in metadata["characters"]]
+        origin = _read_origin(metadata["origin"])
+        characters = {name: {} for name in names}
+        for key, tensor in read_file(path).items():
+            number, _, slot = key.partition("/")
+            characters[names[int(number)]][_read_slot(slot)] = _matrix(tensor)
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a character bank that this version can read ({error}). Choose a file that Save Character "
+            "Bank wrote."
+        ) from error
+    empty = [name for name, tokens in characters.items() if not tokens]
+    if empty or not characters:
+        raise ValueError(f"{path} holds nothing of {', '.join(empty) or 'anyone'}. Save the bank again.")
+    return CharacterBank(origin, characters)
+
+
+def _slot_key(slot: Slot) -> str:
+    return ".".join(map(str, (*slot.evaluation, *slot.layer)))
+
+
+def _read_slot(key: str) -> Slot:
+    kind, entry, step, visit, part, block, index = key.split(".")
+    return Slot(Evaluation(int(kind), int(entry), int(step), int(visit)), Layer(part, int(block), int(index)))
+
+
+def _read_origin(described: Mapping) -> Origin:
+    fields = {**described, "sigmas": tuple(map(float, described["sigmas"])), "sharing": Sharing(**described["sharing"])}
+    return Origin(**fields)
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim != 2:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)}, expected (tokens, channels)")
+    return tensor

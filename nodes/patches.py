@@ -1,0 +1,256 @@
+"""Nodes that patch a MODEL."""
+
+from comfy_api.latest import io
+
+from ..patches import consistent_attention, context_windows, free_u, token_sharing
+from .types import CHARACTER_BANK
+
+CATEGORY = "ConsistentVideo/patches"
+MAX_STEP = 10000
+
+
+def rate_inputs() -> list:
+    """The widgets of both sampling rates."""
+    return [
+        io.Float.Input(
+            "sampling_rate_32",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of the other panels' tokens that a panel sees in layers whose tokens are 32 pixels or more: "
+            "what is in the picture. 0.3 is weak, 0.5 published.",
+        ),
+        io.Float.Input(
+            "sampling_rate_64",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="The same in finer layers (tokens of 16 pixels and less): what it looks like in detail.",
+        ),
+    ]
+
+
+def schedule_inputs(optional: bool = False) -> list:
+    """The widgets that say at which steps panels see each other."""
+    return [
+        io.Int.Input(
+            "start_step",
+            default=1,
+            min=0,
+            max=MAX_STEP,
+            optional=optional,
+            advanced=optional,
+            tooltip="First step at which panels see each other; steps count from 0.",
+        ),
+        io.Float.Input(
+            "plain_probability_early",
+            default=0.3,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=optional,
+            advanced=optional,
+            tooltip="Probability that a layer is left as it is, up to late_step. Higher: more variety, less likeness.",
+        ),
+        io.Float.Input(
+            "plain_probability_late",
+            default=0.1,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=optional,
+            advanced=optional,
+            tooltip="Probability that a layer is left as it is, from late_step on.",
+        ),
+        io.Int.Input(
+            "late_step",
+            default=20,
+            min=0,
+            max=MAX_STEP,
+            optional=optional,
+            advanced=optional,
+            tooltip="Step from which plain_probability_late holds.",
+        ),
+    ]
+
+
+def variant_inputs() -> list:
+    """The widgets that choose between the published generations."""
+    return [
+        io.Combo.Input(
+            "step_unit",
+            options=list(token_sharing.CHOICES["unit"]),
+            default="steps",
+            optional=True,
+            advanced=True,
+            tooltip="steps: start_step and late_step are step numbers, as published. fractions: they are meant for 50 "
+            "steps and move with the number of steps.",
+        ),
+        io.Combo.Input(
+            "token_count",
+            options=list(token_sharing.CHOICES["count"]),
+            default="fixed",
+            optional=True,
+            advanced=True,
+            tooltip="fixed: as many tokens of every panel. random: each token by itself, as published.",
+        ),
+        io.Combo.Input(
+            "warm_up",
+            options=list(token_sharing.CHOICES["warm_up"]),
+            default="plain",
+            optional=True,
+            advanced=True,
+            tooltip="Before start_step. plain: panels do not see each other. full_bank: panels that read a character "
+            "bank see all of it, as in the first published demo; the bank grows by those steps.",
+        ),
+    ]
+
+
+class ConsistentSelfAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoConsistentSelfAttention",
+            display_name="Consistent Self-Attention",
+            category=CATEGORY,
+            description="The pictures of a batch see each other while they are drawn, so that people and things in "
+            "them look alike (StoryDiffusion). For Stable Diffusion 1.x, 2.x and XL with any sampler.",
+            search_aliases=["storydiffusion", "story", "same character", "consistent characters", "comic", "csa"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model; LoRA stay."),
+                *rate_inputs(),
+                *schedule_inputs(),
+                io.Int.Input(
+                    "window",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="How many pictures are drawn at a time; the windows slide over the batch and are averaged. "
+                    "Memory then depends on the window only. 0: the whole batch at once.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Seed of the choice of tokens and layers; not of the noise.",
+                ),
+                io.Int.Input(
+                    "window_stride",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="By how many pictures the window moves on. 1 is published; more is faster.",
+                ),
+                *variant_inputs(),
+                CHARACTER_BANK.Input(
+                    "character_bank",
+                    optional=True,
+                    tooltip="Characters of a drawn story. The pictures then see them, and not each other.",
+                ),
+                io.String.Input(
+                    "characters",
+                    default="",
+                    optional=True,
+                    tooltip="Names of the characters of the bank that are in the pictures, with commas between them. "
+                    "Empty: all of them.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the patch.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        sampling_rate_32: float,
+        sampling_rate_64: float,
+        start_step: int,
+        plain_probability_early: float,
+        plain_probability_late: float,
+        late_step: int,
+        window: int,
+        seed: int,
+        window_stride: int = 1,
+        step_unit: str = "steps",
+        token_count: str = "fixed",
+        warm_up: str = "plain",
+        character_bank=None,
+        characters: str = "",
+    ) -> io.NodeOutput:
+        sharing = token_sharing.Sharing(
+            sampling_rate_32,
+            sampling_rate_64,
+            start_step,
+            plain_probability_early,
+            plain_probability_late,
+            late_step,
+            seed,
+            token_count,
+            warm_up,
+            step_unit,
+        )
+        names = consistent_attention.bank_names(character_bank, characters)
+        model = consistent_attention.ConsistentAttention(sharing, None, character_bank, names).install(model)
+        return io.NodeOutput(context_windows.slide(model, window, window_stride) if window else model)
+
+
+class FreeU(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoFreeU",
+            display_name="FreeU by Level",
+            category=CATEGORY,
+            description="FreeU on the two coarsest levels of the UNet, as diffusers and StoryDiffusion apply it. "
+            "ComfyUI's own FreeU chooses blocks by their channels, which are others in Stable Diffusion XL.",
+            search_aliases=["freeu", "storydiffusion", "backbone", "skip", "detail"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
+                io.Float.Input(
+                    "b1",
+                    default=1.1,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the coarsest level's backbone.",
+                ),
+                io.Float.Input(
+                    "b2",
+                    default=1.2,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the next level's backbone.",
+                ),
+                io.Float.Input(
+                    "s1",
+                    default=0.6,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the low frequencies in the coarsest level's skips.",
+                ),
+                io.Float.Input(
+                    "s2",
+                    default=0.4,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the low frequencies in the next level's skips.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with FreeU.")],
+        )
+
+    @classmethod
+    def execute(cls, model, b1: float, b2: float, s1: float, s2: float) -> io.NodeOutput:
+        return io.NodeOutput(free_u.install_free_u(model, b1, b2, s1, s2))
+
+
+NODES = [ConsistentSelfAttention, FreeU]
