@@ -52,7 +52,7 @@ def schedule_inputs(optional: bool = False) -> list:
             step=0.05,
             optional=optional,
             advanced=optional,
-            tooltip="Probability that a layer is left as it is, up to late_step. Higher: more variety, less likeness.",
+            tooltip="Probability that a layer is left as it is, before late_step. Higher: more variety, less likeness.",
         ),
         io.Float.Input(
             "plain_probability_late",

@@ -17,14 +17,14 @@ from .types import CHARACTER_BANK, FACE_EMBEDS, FACE_MODEL, PHOTOMAKER, STORY
 CATEGORY = "ConsistentVideo/story"
 LARGEST_SIDE = 4096
 
-CHARACTERS_EXAMPLE = "[Ana] a girl with short red hair and a yellow raincoat\n[Leo] an old man with a white beard"
+CHARACTERS_EXAMPLE = "a girl with short red hair and a yellow raincoat"
 PANELS_EXAMPLE = (
-    "[Ana] waits at a bus stop in the rain #The bus is late again.\n"
-    "[Ana] opens a small wooden box #What could that be?\n"
-    "[Leo] repairs a clock in his workshop\n"
-    "[Leo] looks up, surprised\n"
-    "[Ana] gives the box to [Leo] #You lost this, sir.\n"
-    "[NC] an old clock on the wall, close-up #Tick. Tock."
+    "waits at a bus stop in the rain #The bus is late again.\n"
+    "looks at a small wooden box in her hands #What could that be?\n"
+    "opens the box, light on her face\n"
+    "runs across a wet street, holding the box\n"
+    "[NC] an old clock on the wall, close-up #Tick. Tock.\n"
+    "laughs, a small brass bird on her hand #You sing!"
 )
 
 
@@ -152,8 +152,8 @@ class StorySampler(io.ComfyNode):
                     "only_panels",
                     default="",
                     optional=True,
-                    tooltip="Numbers of the panels to draw, such as 2, 4-6. Empty: all. With a character bank, single "
-                    "panels are drawn again as they were.",
+                    tooltip="Numbers of the panels to draw, such as 2, 4-6. Empty: all. With a character bank, panels "
+                    "that were no references are drawn again as they were.",
                 ),
                 PHOTOMAKER.Input("photomaker", optional=True, tooltip="To draw the people in face_images."),
                 io.Image.Input(
