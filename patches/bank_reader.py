@@ -34,9 +34,14 @@ class BankReader:
         """Tokens (1, M, C) for each evaluation, of the device and type of `like`; starts to fetch the next layer's."""
         parts, stream = self.fetched.pop(layer, None) or self._fetch(layer, like)
         comfy.model_management.sync_stream(like.device, stream)
+        if stream is not None:
+            # What the other stream allocated must not be given away before this one has read it.
+            for tensor in (tensor for tokens in parts for tensor in tokens):
+                tensor.record_stream(comfy.model_management.current_stream(like.device))
         if layer in self.following:
             self.fetched[self.following[layer]] = self._fetch(self.following[layer], like)
-        return [torch.cat(tokens).unsqueeze(0) for tokens in parts]
+        joined = [tokens[0] if len(tokens) == 1 else torch.cat(tokens) for tokens in parts]
+        return [tokens.unsqueeze(0) for tokens in joined]
 
     def _fetch(self, layer: Layer, like: torch.Tensor) -> tuple[list[list[torch.Tensor]], object]:
         stream = comfy.model_management.get_offload_stream(like.device)

@@ -5,8 +5,9 @@ attention backends and other attn1 patches keep working. What a forward pass nee
 options and ends with it.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import comfy.model_management
 import comfy.model_patcher
@@ -17,7 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from .bank_origin import origin_of
 from .bank_reader import BankReader
 from .character_bank import CharacterBank, Evaluation, Slot, Tokens
-from .panel_attention import attend_panels, sample_tokens
+from .panel_attention import append_tokens, attend_dealt, attend_panels, deal_tokens, sample_tokens
 from .shared_layers import shared_layers
 from .token_sharing import Layer, Sharing
 
@@ -36,11 +37,12 @@ class Run:
         """The evaluations that a forward pass makes, in the order of its groups of rows."""
         kinds = options["cond_or_uncond"]
         uuids = options.get("uuids", [None] * len(kinds))
+        window = tuple(getattr(options.get("context_window"), "index_list", ()))
         found = []
         for kind, uuid in zip(kinds, uuids):
             entry = self.entries.get(uuid, 0)
-            visit = self.visits[kind, entry, step]
-            self.visits[kind, entry, step] += 1
+            visit = self.visits[kind, entry, step, window]
+            self.visits[kind, entry, step, window] += 1
             found.append(Evaluation(kind, entry, step, visit))
         return found
 
@@ -60,6 +62,8 @@ class Pass:
         self.evaluations = run.evaluations(options, self.step)
         self.panels = panel_numbers(options.get("context_window"), rows // len(self.evaluations))
         self.reader: BankReader | None = None
+        self.replacements = options.get("patches_replace", {}).get("attn1", {})
+        self.dealt: dict[Layer, tuple[range, int]] = {}
         self._positions = {}
 
     def shares(self, layer: Layer) -> bool:
@@ -74,8 +78,9 @@ class Pass:
     def positions(self, tokens: int, options: dict, device: torch.device) -> list[torch.Tensor]:
         """Positions of the tokens that each panel shows to the others in a layer."""
         if tokens not in self._positions:
-            apart = round(options["original_shape"][-1] / options["activations_shape"][-1])
-            rate = self.sharing.rate(apart)
+            # Every halving of a grid rounds up, so that small odd widths fall short of a power of two.
+            ratio = options["original_shape"][-1] / options["activations_shape"][-1]
+            rate = self.sharing.rate(2 ** math.ceil(math.log2(ratio)))
             drawn = [self.sharing.positions(self.step, panel, tokens, rate) for panel in self.panels]
             self._positions[tokens] = [positions.to(device) for positions in drawn]
         return self._positions[tokens]
@@ -118,16 +123,20 @@ class ConsistentAttention:
         """A clone of the model with this patch.
 
         Raises:
-            ValueError: see `shared_layers`.
+            ValueError: see `shared_layers`; a model that has this patch already.
         """
         layers = shared_layers(model)
+        if model.wrappers.get(WrappersMP.DIFFUSION_MODEL, {}).get(KEY):
+            raise ValueError(
+                "The model has consistent self-attention already. Connect the model from before it, or remove one."
+            )
         model = model.clone()
         existing = model.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
-        for layer in layers if self.bank is None else ():
-            previous = existing.get(tuple(layer), existing.get(layer[:2]))
-            model.set_model_attn1_replace(self.mix_panels(layer, previous), *layer)
+        mixing = {layer: self.mix_panels(layer, existing.get(layer, existing.get(layer[:2]))) for layer in layers}
+        for layer, replacement in mixing.items():
+            model.set_model_attn1_replace(replacement, *layer)
         if self.written is not None or self.characters:
-            model.set_model_attn1_patch(self.use_bank(tuple(layers)))
+            model.set_model_attn1_patch(self.use_bank(mixing))
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.start_run)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.start_pass)
         return model
@@ -146,7 +155,16 @@ class ConsistentAttention:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def start_pass(self, executor: Callable, x, timesteps, context, y, control, transformer_options, **kwargs):
-        """Wrapper of a forward pass of the UNet."""
+        """Wrapper of a forward pass of the UNet.
+
+        Raises:
+            ValueError: reference panels in context windows.
+        """
+        if self.written is not None and transformer_options.get("context_window") is not None:
+            raise ValueError(
+                "A character bank keeps the reference panels of one batch, but context windows divide this one. Remove "
+                "them from the model, or draw fewer reference panels."
+            )
         run = transformer_options.get(RUN_KEY) or Run({})
         options = {**transformer_options, KEY: Pass(self.sharing, run, transformer_options, len(x))}
         return executor(x, timesteps, context, y, control, options, **kwargs)
@@ -169,18 +187,26 @@ class ConsistentAttention:
                 )
 
             current = options.get(KEY)
-            if current is None or len(current.panels) < 2 or not current.shares(layer):
-                return attention(queries, keys, values)
-            positions = current.positions(queries.shape[1], options, queries.device)
             # Other attentions know no layout but (B, T, C).
             heads = None if previous or "optimized_attention_override" in options else options["n_heads"]
             out = None if queries.requires_grad else queries
+            if current is not None and layer in current.dealt:
+                panels, dealt = len(current.panels), current.dealt.pop(layer)
+                return attend_dealt(queries, keys, values, *dealt, panels, attention, heads, out)
+            if current is None or self.bank is not None or len(current.panels) < 2 or not current.shares(layer):
+                return attention(queries, keys, values)
+            positions = current.positions(queries.shape[1], options, queries.device)
             return attend_panels(queries, keys, values, positions, attention, heads, out)
 
         return replacement
 
-    def use_bank(self, layers: Sequence[Layer]) -> Callable:
-        """An attn1 patch that writes tokens to a bank, or adds tokens of a bank to keys and values."""
+    def use_bank(self, layers: Mapping[Layer, Callable]) -> Callable:
+        """An attn1 patch that writes tokens to a bank, or adds tokens of a bank to keys and values.
+
+        Args:
+            layers: in the order of execution, with the replacements that `mix_panels` made of their attention. Where
+                such a one is in force, panels that read together share the projection of the bank's tokens.
+        """
 
         def patch(tokens, context, values, options):
             current = options.get(KEY)
@@ -190,9 +216,14 @@ class ConsistentAttention:
             if self.written is not None:
                 self._write(current, layer, tokens, options)
                 return tokens, context, values
-            added = self._read(current, layer, tokens, layers)
-            longer = torch.cat((context, added), dim=1)
-            return tokens, longer, longer if values is context else torch.cat((values, added), dim=1)
+            groups = self._read(current, layer, tokens, layers)
+            add = append_tokens
+            if len(current.panels) > 1 and current.replacements.get(layer) is layers[layer]:
+                add = deal_tokens
+            longer = add(context, groups)
+            if add is deal_tokens:
+                current.dealt[layer] = (range(context.shape[1], longer.shape[1]), len(groups[0]))
+            return tokens, longer, longer if values is context else add(values, groups)
 
         return patch
 
@@ -205,13 +236,12 @@ class ConsistentAttention:
             kept = rows.flatten(0, 1) if current.warming_up else sample_tokens(rows, positions)
             self.written[Slot(evaluation, layer)] = kept.to(comfy.model_management.intermediate_device(), copy=True)
 
-    def _read(self, current: Pass, layer: Layer, tokens: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
-        """Tokens (rows, M, C) of the bank for every row."""
+    def _read(self, current: Pass, layer: Layer, tokens: torch.Tensor, layers: Sequence[Layer]) -> list[torch.Tensor]:
+        """Tokens (M, C) of the bank for every group of rows."""
         if current.reader is None:
             reading = [layer for layer in layers if self._needs_bank(current, layer)]
             current.reader = BankReader(self.bank, self.characters, current.evaluations, reading)
-        groups = current.reader.read(layer, tokens)
-        return torch.cat([group.expand(len(current.panels), -1, -1) for group in groups])
+        return [group[0] for group in current.reader.read(layer, tokens)]
 
 
 def bank_names(bank: CharacterBank | None, names: str) -> tuple[str, ...]:

@@ -134,9 +134,11 @@ def _run_one(server: object, path: Path, nodes: dict, title: str, keep_size: boo
 
 
 def _collect(base: Path, result: object, name: str) -> list[Path]:
-    """Copy the files of a run into OUTPUT, named after the workflow; previews count when nothing was saved."""
+    """Copy the pictures and clips of a run into OUTPUT, named after the workflow; previews when nothing was saved."""
     copies = []
     for record in result.files("output") or result.files("temp"):
+        if record["filename"].endswith(".safetensors"):  # stays where Load nodes list it
+            continue
         source = base / record["type"] / record["subfolder"] / record["filename"]
         number = f" {len(copies) + 1}" if copies else ""
         copies.append(Path(shutil.copyfile(source, OUTPUT / f"{name}{number}{source.suffix}")))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 VIDEO_NAME = "consistent_video_example.mp4"
 PICTURE_NAME = "consistent_video_example.png"
 WIDE_NAME = "consistent_video_wide.png"
+FACE_NAME = "consistent_video_face.png"
 SIZE = 256
 FRAMES = 24
 FPS = 8
@@ -54,10 +55,32 @@ def write_wide_picture(path: Path, clip: np.ndarray) -> None:
     Image.fromarray(np.concatenate(list(clip[:3]), axis=1)).save(path, "PNG")
 
 
+def write_face(path: Path, clip: np.ndarray) -> None:
+    """Draw a person as a PNG: a bright face on the clip's darkened background."""
+    picture = Image.fromarray(clip[0] // 3)
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((48, 180, 208, 340), fill=(70, 110, 160))
+    draw.ellipse((80, 48, 176, 192), fill=(255, 244, 236))
+    draw.chord((76, 36, 180, 150), 180, 360, fill=(96, 56, 30))
+    for x in (108, 148):
+        draw.ellipse((x - 6, 110, x + 6, 122), fill=(40, 60, 90))
+    draw.line((128, 120, 124, 142, 132, 142), fill=(200, 150, 130), width=3)
+    draw.arc((108, 138, 148, 166), 20, 160, fill=(180, 60, 60), width=4)
+    picture.save(path, "PNG")
+
+
+WRITERS = {
+    VIDEO_NAME: write_video,
+    PICTURE_NAME: write_picture,
+    WIDE_NAME: write_wide_picture,
+    FACE_NAME: write_face,
+}
+
+
 def write_inputs(folder: Path) -> None:
     """Write every input file of the example workflows; finished ones are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in ((VIDEO_NAME, write_video), (PICTURE_NAME, write_picture), (WIDE_NAME, write_wide_picture)):
+    for name, write in WRITERS.items():
         if not (folder / name).exists():
             unfinished = folder / f".{name}"
             write(unfinished, disc_clip())

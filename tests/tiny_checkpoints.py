@@ -242,6 +242,21 @@ def write_sdxl(path: Path) -> Path:
     return tiny_sdxl.write_sdxl(path)
 
 
+def write_photomaker(path: Path) -> Path:
+    """PhotoMaker v1 or v2 by the file's name; see `tiny_photomaker`, which needs ComfyUI."""
+    import tiny_photomaker
+
+    return tiny_photomaker.write_photomaker(path, "v2" if "v2" in path.name else "v1")
+
+
+def write_face_pack(folder: Path) -> Path:
+    """A pack of insightface; see `tiny_faces`, which needs ComfyUI."""
+    import tiny_faces
+
+    tiny_faces.write_pack(folder)
+    return folder
+
+
 def write_scheduler(folder: Path, config: dict) -> None:
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -293,6 +308,9 @@ CHECKPOINTS = {
     f"diffusers/{CONSISTI2V_NAME}": write_consisti2v,
     f"diffusers/{REFINER_NAME}": write_refiner,
     f"checkpoints/{SDXL_NAME}": write_sdxl,
+    "photomaker/photomaker-v1.bin": write_photomaker,
+    "photomaker/photomaker-v2.bin": write_photomaker,
+    "insightface/models/buffalo_l": write_face_pack,
     "vae_approx/taesd_encoder.safetensors": write_taesd,
     "vae_approx/taesd_decoder.safetensors": write_taesd,
 }

@@ -1,11 +1,12 @@
 """A small Stable Diffusion XL checkpoint that ComfyUI's own loader recognises by its keys and shapes.
 
 ComfyUI knows the family by the width and depth of its blocks, so those are the smallest known ones (Segmind Vega's), at
-one width. The text encoders have their published size but hold zeros, which a sparse file stores in no space; the
-autoencoder paints one colour.
+one width. The text encoders have their published size, but only the embeddings of common words are no zeros, which a
+sparse file stores in no space; the autoencoder paints the latent's values as colours.
 """
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -49,6 +50,10 @@ AUTOENCODER = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
+# Tokens are numbered by how common they are.
+COMMON_WORDS = 4000
+PAINT_LAYERS = {f"first_stage_model.decoder.{name}.weight" for name in ("conv_in", "conv_out")}
+COPY_LAYERS = {"first_stage_model.post_quant_conv.weight"}
 
 
 def shapes() -> dict[str, torch.Size]:
@@ -81,9 +86,25 @@ def write_sdxl(path: Path, seed: int = 0) -> Path:
         start = file.tell()
         file.truncate(start + end)
         for key, entry in header.items():
-            if key.startswith("model.diffusion_model.") or key == "first_stage_model.decoder.conv_out.bias":
-                scale = 0.02 if len(entry["shape"]) > 1 else 0.3
+            values = _values(key, entry["shape"], generator)
+            if values is not None:
                 file.seek(start + entry["data_offsets"][0])
-                values = scale * torch.randn(entry["shape"], generator=generator)
                 file.write(values.half().numpy().tobytes())
     return path
+
+
+def _values(key: str, shape: list[int], generator: torch.Generator) -> torch.Tensor | None:
+    """A tensor's values, or its first rows; None for zeros."""
+    if key.startswith("model.diffusion_model."):
+        if len(shape) > 1:
+            return torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5
+        return 0.1 * torch.randn(shape, generator=generator) + (1.0 if key.endswith("weight") else 0.0)
+    if key.endswith("embeddings.token_embedding.weight"):
+        return torch.randn(COMMON_WORDS, shape[1], generator=generator)
+    if key in PAINT_LAYERS or key.endswith("nin_shortcut.weight"):
+        return torch.randn(shape, generator=generator) * (shape[1] * shape[2] * shape[3]) ** -0.5
+    if key in COPY_LAYERS or key.endswith("upsample.conv.weight"):
+        centre = torch.zeros(shape)
+        centre[:, :, shape[2] // 2, shape[3] // 2] = torch.eye(shape[0])
+        return centre
+    return torch.ones(shape) if key == "first_stage_model.decoder.norm_out.weight" else None
