@@ -25,9 +25,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from environment import EnvironmentProblem, prepare
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", choices=SCRIPTS, default="modelscope")
+def main(description: str, scripts: dict[str, str]) -> int:
+    """Start the script of one of several subjects, the first unless `--network` names another; its exit status."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--network", choices=scripts, default=next(iter(scripts)), help="what to measure")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/<network>.json")
     parser.add_argument("--seconds", type=int, default=170, help="time for everything (default 170)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
@@ -38,7 +39,7 @@ def main() -> int:
     except EnvironmentProblem as problem:
         print(problem, file=sys.stderr)
         return 1
-    script = Path(__file__).with_name(SCRIPTS[options.network])
+    script = Path(__file__).with_name(scripts[options.network])
     path = options.json or ROOT / "benchmarks" / "results" / f"{options.network}.json"
     arguments = (options.network, path, options.seconds, options.threads)
     command = [str(environment.python), str(script), *map(str, arguments)]
@@ -48,4 +49,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__.splitlines()[0], SCRIPTS))

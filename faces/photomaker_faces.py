@@ -31,6 +31,11 @@ def faces_for_photomaker(
                 "The face embeds hold no identity, because the face model had no recognition network. Load a face "
                 "model with one (antelopev2 or buffalo_l)."
             )
+        if len(face_embeds.embedding) != len(images):
+            raise ValueError(
+                f"The face embeds are of {len(face_embeds.embedding)} picture(s), but there are {len(images)} images. "
+                "Connect face_model instead, which looks at every image."
+            )
         return face_embeds.embedding, None
     found, kept = photomaker_embeddings(face_model, images)
     embeddings = torch.zeros(len(images), found.shape[1])

@@ -56,9 +56,9 @@ def save_bank(bank: CharacterBank, path: Path) -> None:
     """Write a bank.
 
     Raises:
-        ValueError: a bank that holds nobody.
+        ValueError: a bank that holds nothing of anybody.
     """
-    if not bank.characters:
+    if not any(bank.characters.values()):
         raise ValueError("The character bank is empty. Draw a story with reference panels first.")
     names = list(bank.characters)
     state = {
@@ -79,7 +79,29 @@ def load_bank(path: Path) -> CharacterBank:
     """Read a bank; its tensors stay in the file until they are needed.
 
     Raises:
-        ValueError: the file is damaged, or is no character bank.
+        ValueError: the file is damaged, is no character bank, or has another version of the format.
+    """
+    metadata = _read_description(path)
+    try:
+        names = [str(name) for name in metadata["characters"]]
+        origin = _read_origin(metadata["origin"])
+        characters = {name: {} for name in names}
+        for key, tensor in read_file(path).items():
+            number, _, slot = key.partition("/")
+            characters[dict(enumerate(names))[int(number)]][_read_slot(slot)] = _matrix(tensor)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    empty = [name for name, tokens in characters.items() if not tokens]
+    if empty or not characters:
+        raise ValueError(f"{path} holds nothing of {', '.join(empty) or 'anyone'}. Save the bank again.")
+    return CharacterBank(origin, characters)
+
+
+def _read_description(path: Path) -> dict:
+    """What a bank's file says about itself.
+
+    Raises:
+        ValueError: see `load_bank`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -89,23 +111,25 @@ def load_bank(path: Path) -> CharacterBank:
             f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file: {error}. Choose a file that "
             "Save Character Bank wrote, or save the bank again."
         ) from error
+    if described is None:
+        raise ValueError(f"{path} is no character bank. Choose a file that Save Character Bank wrote.")
     try:
-        metadata = json.loads(described)
-        names = [str(name) for name in metadata["characters"]]
-        origin = _read_origin(metadata["origin"])
-        characters = {name: {} for name in names}
-        for key, tensor in read_file(path).items():
-            number, _, slot = key.partition("/")
-            characters[names[int(number)]][_read_slot(slot)] = _matrix(tensor)
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        metadata = dict(json.loads(described))
+    except (TypeError, ValueError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if metadata.get("version") != VERSION:
         raise ValueError(
-            f"{path} is not a character bank that this version can read ({error}). Choose a file that Save Character "
-            "Bank wrote."
-        ) from error
-    empty = [name for name, tokens in characters.items() if not tokens]
-    if empty or not characters:
-        raise ValueError(f"{path} holds nothing of {', '.join(empty) or 'anyone'}. Save the bank again.")
-    return CharacterBank(origin, characters)
+            f"{path} has version {metadata.get('version')} of the format, expected {VERSION}. Update this pack, or "
+            "draw the reference panels again and save their bank."
+        )
+    return metadata
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return (
+        f"{path} is not a character bank that this version can read ({error}). Choose a file that Save Character Bank "
+        "wrote."
+    )
 
 
 def _slot_key(slot: Slot) -> str:

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from ..loaders import character_bank, fonts, lora
-from . import conditioning, faces, latents, loaders, noise, patches, photomaker, sampling, story
+from . import banks, comic, conditioning, faces, latents, loaders, noise, patches, photomaker, sampling, story
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -42,6 +42,8 @@ class ConsistentVideoExtension(ComfyExtension):
             *sampling.NODES,
             *patches.NODES,
             *story.NODES,
+            *banks.NODES,
+            *comic.NODES,
             *photomaker.NODES,
             *faces.NODES,
         ]

@@ -47,7 +47,7 @@ class PhotoMakerLoader(io.ComfyNode):
         return True if file in files.list_files() else files.explain_missing(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_) -> str:
+    def fingerprint_inputs(cls, model, file: str, lora_strength: float) -> str:
         return fingerprint.of_file(files.find_file(file))
 
     @classmethod

@@ -39,6 +39,24 @@ def attend_panels(
     return _attend(queries, keys, values, positions, alone, attention, heads, out)
 
 
+def append_tokens(tokens: torch.Tensor, shared: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tokens with those that all panels of a group see behind each panel's own.
+
+    Args:
+        tokens: (R * P, T, C), R groups of P panels.
+        shared: (M, C) for each of the R groups.
+
+    Returns:
+        (R * P, T + M, C).
+    """
+    panels = len(tokens) // len(shared)
+    longer = tokens.new_empty(len(tokens), tokens.shape[1] + len(shared[0]), tokens.shape[2])
+    for group, own, found in zip(longer.split(panels), tokens.split(panels), shared):
+        group[:, : tokens.shape[1]] = own
+        group[:, tokens.shape[1] :] = found
+    return longer
+
+
 def deal_tokens(tokens: torch.Tensor, shared: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tokens with those that all panels of a group see dealt out to its panels, for a projection of each only once.
 
@@ -51,8 +69,8 @@ def deal_tokens(tokens: torch.Tensor, shared: Sequence[torch.Tensor]) -> torch.T
     """
     (rows, own, channels), panels = tokens.shape, len(tokens) // len(shared)
     share = -(-len(shared[0]) // panels)
-    dealt = tokens.new_zeros(rows, own + share, channels)
-    dealt[:, :own] = tokens
+    dealt = tokens.new_empty(rows, own + share, channels)
+    dealt[:, :own], dealt[:, own:] = tokens, 0
     for group, found in zip(dealt.split(panels), shared):
         for row, part in zip(group, found.split(share)):
             row[own : own + len(part)] = part
@@ -97,7 +115,7 @@ def sample_tokens(tokens: torch.Tensor, positions: Sequence[torch.Tensor]) -> to
 
 def unseen_positions(positions: torch.Tensor, tokens: int) -> torch.Tensor:
     """The ascending token numbers of 0..tokens - 1 that are not in positions (k,), without waiting for the device."""
-    seen = torch.zeros(tokens, dtype=torch.uint8, device=positions.device).index_fill_(0, positions, 1)
+    seen = torch.zeros(tokens, device=positions.device).index_fill_(0, positions, 1)
     return seen.argsort(stable=True)[: tokens - len(positions)]
 
 

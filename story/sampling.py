@@ -157,12 +157,14 @@ class StoryRun:
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(batch([prompts[index] for index in rows]), prompts[NEGATIVE])
         guider.set_cfg(self.settings.cfg)
-        noise, empty = self.noise[rows], self.empty[rows]
-        samples = guider.sample(noise, empty, self.sampler, self.sigmas, callback=callback, seed=self.settings.seed)
+        noise, empty, sigmas = self.noise[rows], self.empty[rows], self.sigmas.clone()  # uni_pc writes into them
+        samples = guider.sample(noise, empty, self.sampler, sigmas, callback=callback, seed=self.settings.seed)
         return samples.to(comfy.model_management.intermediate_device())
 
     def _announce_bank(self, passes: list[Pass]) -> None:
         panels = sum(len(step.panels) for step in passes if step.mode == "write")
+        if not panels:
+            return
         prompts = 1 if self.settings.cfg == 1 else 2
         *_, height, width = self.empty.shape
         size = bank_size(self.model, self.settings.sharing, len(self.sigmas) - 1, width, height, panels, prompts)
