@@ -8,6 +8,9 @@ import torch
 
 from .token_sharing import Layer, Sharing
 
+# Sigmas that differ less are the same: ComfyUI's uni_pc writes 0.001 in place of 0 into those it gets.
+SAME_SIGMA = 2e-3
+
 
 class Evaluation(NamedTuple):
     """One evaluation of one conditioning.
@@ -109,7 +112,7 @@ class CharacterBank:
                 f"The character bank was made in {len(found.sigmas) - 1} steps, this run has {len(run.sigmas) - 1}. "
                 "Use the scheduler and the steps of the bank."
             )
-        if any(abs(ours - theirs) > 1e-4 * max(1.0, theirs) for ours, theirs in zip(run.sigmas, found.sigmas)):
+        if any(abs(ours - theirs) > SAME_SIGMA * max(1.0, theirs) for ours, theirs in zip(run.sigmas, found.sigmas)):
             raise ValueError(
                 f"The character bank was made with other sigmas ({_some(found.sigmas)}) than this run's "
                 f"({_some(run.sigmas)}). Use the scheduler of the bank."
