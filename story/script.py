@@ -13,8 +13,8 @@ from .styles import Style, find_style
 
 # Name of the one character that is described without a name.
 MAIN_CHARACTER = "main character"
-# All pictures of a story end in one batch: 200 of 1024x1024 are 2.5 GB.
-MAX_PANELS = 200
+# All pictures of a story end in one batch: 100 of 1024x1024 are 1.3 GB.
+MAX_PANELS = 100
 
 
 @dataclasses.dataclass(frozen=True)

@@ -365,9 +365,9 @@ def test_a_line_that_does_not_follow_the_format_is_named(characters, panels, mes
 def test_a_long_story_is_read_up_to_a_limit_and_then_told_where_to_cut():
     lines = ["[Bob] runs", ""] * MAX_PANELS
     story = read("\n".join(lines))
-    assert len(story.panels) == len(plan(story, 4)) + 3 == MAX_PANELS == 200
+    assert len(story.panels) == len(plan(story, 4)) + 3 == MAX_PANELS == 100
     with pytest.raises(
-        ValueError, match=r"has 201 panels; .* at most 200\. Cut it before line 401, save the character"
+        ValueError, match=r"has 101 panels; .* at most 100\. Cut it before line 201, save the character"
     ):
         read("\n".join([*lines, "[Bob] sits", ""]))
 
