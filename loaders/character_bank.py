@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..patches.character_bank import CharacterBank, Evaluation, Origin, Slot
 from ..patches.token_sharing import Layer, Sharing
+from .listed_files import ListedFiles
 from .weights import read_file
 
 FOLDER = "character_banks"
+FILES = ListedFiles(FOLDER, "Character bank", "Save one with Save Character Bank, or put the file into {folders}")
 FORMAT = "consistent_video.character_bank"
 VERSION = 1
 
@@ -24,32 +26,6 @@ def register_folder() -> None:
     for parent in (folder_paths.models_dir, folder_paths.get_output_directory()):
         folder_paths.add_model_folder_path(FOLDER, str(Path(parent) / FOLDER))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
-
-
-def list_files() -> list[str]:
-    """Names of the files in the folders of banks."""
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def find_file(name: str) -> Path:
-    """The path of a listed file.
-
-    Raises:
-        FileNotFoundError: no folder of banks holds it.
-    """
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise FileNotFoundError(explain_missing(name))
-    return Path(path)
-
-
-def explain_missing(name: str) -> str:
-    """What to tell a user whose bank is not there."""
-    folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
-    return (
-        f"Character bank '{name}' was not found. Save one with Save Character Bank, or put the file into {folders}, "
-        "then refresh the node list (R)."
-    )
 
 
 def save_bank(bank: CharacterBank, path: Path) -> None:

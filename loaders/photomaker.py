@@ -13,16 +13,20 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
-import folder_paths
 import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
 from ..models.photomaker import IdEncoderV1, IdEncoderV2, PhotoMaker
+from .listed_files import ListedFiles
 from .network import build_on_meta, load_network
 from .weights import check_tensors, read_file
 
-FOLDER = "photomaker"
 REPOSITORIES = "TencentARC/PhotoMaker (v1) and TencentARC/PhotoMaker-V2 (v2)"
+FILES = ListedFiles(
+    "photomaker",
+    "PhotoMaker file",
+    f"Download photomaker-v1.bin or photomaker-v2.bin, published as {REPOSITORIES}, into {{folders}}",
+)
 ENCODER, LORA = "id_encoder", "lora_weights"
 MARKER_V1 = "visual_projection_2.weight"
 MARKER_V2 = "qformer_perceiver.token_norm.weight"
@@ -30,32 +34,6 @@ MARKER_V2 = "qformer_perceiver.token_norm.weight"
 UNREAD_V2 = ("visual_projection.weight", MARKER_V1)
 # Widths of one attention head as published; shapes do not tell them.
 VISION_HEAD, RESAMPLER_HEAD = 64, 128
-
-
-def list_files() -> list[str]:
-    """Names of the files in the `photomaker` folders."""
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def find_file(name: str) -> Path:
-    """The path of a listed file.
-
-    Raises:
-        FileNotFoundError: no `photomaker` folder holds it.
-    """
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise FileNotFoundError(explain_missing(name))
-    return Path(path)
-
-
-def explain_missing(name: str) -> str:
-    """What to tell a user whose file is not there: where it is published and where it goes."""
-    folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
-    return (
-        f"PhotoMaker file '{name}' was not found. Download photomaker-v1.bin or photomaker-v2.bin, published as "
-        f"{REPOSITORIES}, into {folders}, then refresh the node list (R)."
-    )
 
 
 def load_photomaker(

@@ -55,7 +55,7 @@ class LoadCharacterBank(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=bank_files.list_files(),
+                    options=bank_files.FILES.names(),
                     tooltip="A bank below output/character_banks or models/character_banks.",
                 )
             ],
@@ -64,15 +64,15 @@ class LoadCharacterBank(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return True if file in bank_files.list_files() else bank_files.explain_missing(file)
+        return bank_files.FILES.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return fingerprint.of_file(bank_files.find_file(file))
+        return fingerprint.of_file(bank_files.FILES.find(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(bank_files.load_bank(bank_files.find_file(file)))
+        return io.NodeOutput(bank_files.load_bank(bank_files.FILES.find(file)))
 
 
 NODES = [SaveCharacterBank, LoadCharacterBank]

@@ -24,7 +24,7 @@ class PhotoMakerLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="A Stable Diffusion XL model."),
                 io.Combo.Input(
                     "file",
-                    options=files.list_files(),
+                    options=files.FILES.names(),
                     tooltip=f"A file in models/photomaker; published as {files.REPOSITORIES}.",
                 ),
                 io.Float.Input(
@@ -44,15 +44,15 @@ class PhotoMakerLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return True if file in files.list_files() else files.explain_missing(file)
+        return files.FILES.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, model, file: str, lora_strength: float) -> str:
-        return fingerprint.of_file(files.find_file(file))
+        return fingerprint.of_file(files.FILES.find(file))
 
     @classmethod
     def execute(cls, model, file: str, lora_strength: float) -> io.NodeOutput:
-        photomaker, lora = files.load_photomaker(files.find_file(file))
+        photomaker, lora = files.load_photomaker(files.FILES.find(file))
         return io.NodeOutput(files.apply_lora(model, lora, lora_strength, file), photomaker)
 
 

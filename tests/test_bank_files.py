@@ -212,21 +212,21 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_banks_of_both_folders_are_listed(folders):
-    assert character_bank.list_files() == []
+    assert character_bank.FILES.names() == []
     for parent, name in [("output", "a"), ("models", "b"), ("output", "sub/c")]:
         path = folders / parent / "character_banks" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_bank(bank_of("Ann"), path)
     (folders / "output" / "character_banks" / "notes.txt").write_text("no bank")
-    assert sorted(character_bank.list_files()) == ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
-    assert character_bank.find_file("b.safetensors") == folders / "models" / "character_banks" / "b.safetensors"
-    assert same_bank(load_bank(character_bank.find_file("sub/c.safetensors")), bank_of("Ann"))
+    assert sorted(character_bank.FILES.names()) == ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
+    assert character_bank.FILES.find("b.safetensors") == folders / "models" / "character_banks" / "b.safetensors"
+    assert same_bank(load_bank(character_bank.FILES.find("sub/c.safetensors")), bank_of("Ann"))
 
 
 def test_a_missing_bank_is_explained(folders):
     with pytest.raises(
         FileNotFoundError, match="Character bank 'x.safetensors' was not found. Save one with Save"
     ) as found:
-        character_bank.find_file("x.safetensors")
+        character_bank.FILES.find("x.safetensors")
     for parent in ("models", "output"):
         assert str(folders / parent / "character_banks") in str(found.value)

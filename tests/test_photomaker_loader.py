@@ -207,10 +207,10 @@ def test_files_are_found_and_missing_ones_explained(tmp_path, monkeypatch):
     extensions = folder_paths.folder_names_and_paths["photomaker"][1]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "photomaker", ([str(tmp_path / "photomaker")], extensions))
     path = tiny_photomaker.write_photomaker(tmp_path / "photomaker" / "photomaker-v1.bin", "v1", WIDTH)
-    assert loader.list_files() == ["photomaker-v1.bin"]
-    assert loader.find_file("photomaker-v1.bin") == path
+    assert loader.FILES.names() == ["photomaker-v1.bin"]
+    assert loader.FILES.find("photomaker-v1.bin") == path
     with pytest.raises(FileNotFoundError) as caught:
-        loader.find_file("photomaker-v2.bin")
+        loader.FILES.find("photomaker-v2.bin")
     message = str(caught.value)
     assert "TencentARC/PhotoMaker-V2" in message and str(Path(tmp_path / "photomaker")) in message
 
