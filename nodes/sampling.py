@@ -69,13 +69,14 @@ class ReferenceSampler(io.ComfyNode):
             category=CATEGORY,
             description="The published pipeline's own sampler: with Reference Scheduler it agrees with the pipeline "
             "started from the same noise.",
-            search_aliases=["ddim", "ddim sampler", "eta", "diffusers sampler"],
+            search_aliases=["ddim", "ddim sampler", "eta", "diffusers sampler", "cogvideox", "dpm"],
             inputs=[
                 io.Combo.Input(
                     "algorithm",
-                    options=list(reference.ALGORITHMS),
+                    options=list(reference.CHOICES),
                     default="auto",
-                    tooltip="auto: the algorithm of the published pipeline of the model's family.",
+                    tooltip="auto: the algorithm that the checkpoint's scheduler configuration names, one of "
+                    "CogVideoX's for ConsisID; DDIM for the other families.",
                 ),
                 io.Float.Input(
                     "eta",
@@ -84,7 +85,7 @@ class ReferenceSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of fresh noise in each DDIM step: 0 is deterministic, 1 is DDPM. The noise "
-                    "follows the seed of the run.",
+                    "follows the seed of the run. CogVideoX's algorithms take 0 only.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="Sampler for SamplerCustom and SamplerCustomAdvanced.")],

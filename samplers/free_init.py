@@ -127,7 +127,7 @@ def shorten(sigmas: torch.Tensor, steps: int, config: dict | None = None) -> tor
         (steps + 1,), on the device of `sigmas`, ending as they do.
     """
     count = len(sigmas) - 1
-    if config is not None and _is_reference(sigmas, config):
+    if config is not None and schedules.follows_reference(config, sigmas):
         return schedules.reference_sigmas(config, steps).to(sigmas)
     given = sigmas.cpu().double()  # some accelerators have no float64
     positions = torch.arange(steps, dtype=torch.float64) * count / steps
@@ -181,14 +181,6 @@ def _check_run(noise: torch.Tensor, sigmas: torch.Tensor) -> None:
             f"The sigmas end at {float(sigmas[-1]):.4g}; FreeInit needs a finished clip after each run. Give it sigmas "
             "that end at 0."
         )
-
-
-def _is_reference(sigmas: torch.Tensor, config: dict) -> bool:
-    try:
-        reference = schedules.reference_sigmas(config, len(sigmas) - 1)
-    except ValueError:  # a scheduler, or a number of steps, that has no reference schedule
-        return False
-    return torch.allclose(sigmas.float().cpu(), reference, rtol=1e-5, atol=0)
 
 
 def _run_args(extra_args: dict, sigmas: torch.Tensor, run: int) -> dict:

@@ -13,7 +13,7 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 
-from . import schedules
+from . import cogvideox, schedules
 
 # A model without a scheduler configuration: the last step ends at alpha 1, nothing is clipped.
 NO_CONFIG = {"clip_sample": False}
@@ -23,7 +23,7 @@ NO_CONFIG = {"clip_sample": False}
 SAME_LEVEL = 1e-6
 
 
-class ReferenceDDIM(comfy.samplers.Sampler):
+class DDIM:
     """DDIM (Song et al. 2020, arXiv 2010.02502) with the checkpoint's own final alpha, clipping and thresholding.
 
     Over the sigmas of `schedules.reference_sigmas` it agrees with diffusers' DDIMScheduler wherever that steps from one
@@ -31,16 +31,76 @@ class ReferenceDDIM(comfy.samplers.Sampler):
     (Diffusers steps to t - T // steps, which with linspace spacing is rarely the timestep it visits next.)
 
     Args:
+        config: the scheduler configuration.
+        sigmas: (n + 1,); only their alphas matter here.
+        alphas: n + 1 values, alpha of every sigma.
         eta: 0 is deterministic, 1 adds as much noise as DDPM.
-
-    Raises:
-        ValueError: eta outside 0..1.
     """
 
-    def __init__(self, eta: float = 0.0):
+    def __init__(self, config: dict, sigmas: torch.Tensor, alphas: list[float], eta: float = 0.0):
+        self.config, self.alphas, self.eta = schedules.settings(config), alphas, eta
+
+    def limit(self, clean: torch.Tensor) -> torch.Tensor:
+        """Clip x0, or threshold it per sample (Saharia et al. 2022, arXiv 2205.11487), as the configuration says."""
+        if self.config["thresholding"]:
+            magnitudes = clean.abs().flatten(1).float()
+            bounds = torch.quantile(magnitudes, self.config["dynamic_thresholding_ratio"], dim=1)
+            bounds = bounds.clamp(1.0, self.config["sample_max_value"]).to(clean.dtype)
+            bounds = bounds.view(-1, *[1] * (clean.ndim - 1))
+            return clean.clamp(-bounds, bounds) / bounds
+        if self.config["clip_sample"]:
+            return clean.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
+        return clean
+
+    def step(
+        self,
+        number: int,
+        state: torch.Tensor,
+        clean: torch.Tensor,
+        direction: torch.Tensor,
+        draw: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """The next state, given x0 and the noise (eq. 12, with fresh noise as of eq. 16).
+
+        Args:
+            number: of the step, from 0.
+            state: not used.
+            clean, direction: (B, C, ...), x0 and the noise predicted.
+            draw: unit noise of a tensor's shape.
+        """
+        alpha, next_alpha, variance = self.alphas[number], self.alphas[number + 1], 0.0
+        # An inverted schedule, whose noise grows, takes no fresh noise; nor does the step from timestep 0 to its own
+        # alpha, where that is the final one.
+        if next_alpha - alpha > SAME_LEVEL * next_alpha:
+            variance = self.eta**2 * (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
+        following = math.sqrt(next_alpha) * clean + math.sqrt(1 - next_alpha - variance) * direction
+        return following + math.sqrt(variance) * draw(following) if variance > 0 else following
+
+
+ALGORITHMS = {"ddim": DDIM, "cogvideox_ddim": cogvideox.CogVideoXDDIM, "cogvideox_dpm": cogvideox.CogVideoXDPM}
+CHOICES = ("auto", *ALGORITHMS)
+
+# What "auto" takes for a scheduler class of a checkpoint; DDIM for every other.
+AUTOMATIC = {"CogVideoXDDIMScheduler": "cogvideox_ddim", "CogVideoXDPMScheduler": "cogvideox_dpm"}
+
+
+class ReferenceSampler(comfy.samplers.Sampler):
+    """The sampler of a published pipeline.
+
+    Args:
+        algorithm: a key of `ALGORITHMS`; "auto" is the one of the checkpoint's scheduler class.
+        eta: share of fresh noise in each DDIM step: 0 is deterministic, 1 adds as much noise as DDPM.
+
+    Raises:
+        ValueError: unknown algorithm, or eta outside 0..1.
+    """
+
+    def __init__(self, algorithm: str = "auto", eta: float = 0.0):
+        if algorithm not in CHOICES:
+            raise ValueError(f"Unknown algorithm {algorithm!r}. Choose one of: {', '.join(CHOICES)}.")
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta is {eta}. Choose a value from 0 (deterministic) to 1 (as random as DDPM).")
-        self.eta = eta
+        self.algorithm, self.eta = algorithm, eta
 
     @torch.no_grad()
     def sample(
@@ -59,7 +119,7 @@ class ReferenceDDIM(comfy.samplers.Sampler):
         Args:
             model_wrap: a guider; predicts x0 from a variance-exploding state, and carries the model as `inner_model`.
             sigmas: (n + 1,), the noise level before each step, then the one to end at.
-            extra_args: keyword arguments of the model; "seed" also seeds the noise of eta.
+            extra_args: keyword arguments of the model; "seed" also seeds the noise that steps add.
             callback: called after each prediction with (step, x0, variance-exploding state, n).
             noise: (B, C, ...), unit variance, or zero when `latent_image` is already noisy.
             latent_image: same shape. All zero: start from `noise` alone at unit variance. Otherwise start from it with
@@ -72,13 +132,15 @@ class ReferenceDDIM(comfy.samplers.Sampler):
             which a run over the remaining sigmas with zero noise continues.
 
         Raises:
-            ValueError: a model that does not sample in variance-exploding space.
+            ValueError: a model that does not sample in variance-exploding space, or an eta or sigmas that the algorithm
+                does not take.
         """
         base_model = model_wrap.inner_model
         _require_exploding(base_model.model_sampling)
         config = schedules.settings(getattr(base_model, "scheduler_config", NO_CONFIG))
         levels = sigmas.double().tolist()
         alphas = _alphas(levels, base_model.model_sampling, config)
+        algorithm = self._start_algorithm(config, sigmas, alphas)
         latent_image = torch.zeros_like(noise) if latent_image is None else latent_image
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise
@@ -92,49 +154,37 @@ class ReferenceDDIM(comfy.samplers.Sampler):
             clean, direction = _predictions(
                 denoised, state, exploded, levels[step], alphas[step], base_model.model_sampling
             )
-            clean = _limit(clean, config)
+            clean = algorithm.limit(clean)
             if callback is not None:
                 callback(step, clean, exploded, len(levels) - 1)
-            state = self._step(clean, direction, alphas[step], alphas[step + 1], draw)
+            state = algorithm.step(step, state, clean, direction, draw)
             if levels[step + 1] == 0 and denoise_mask is not None:
                 # The final alpha would leave its trace of noise, and clipping its mark, on what is to be kept.
                 state = torch.where(denoise_mask == 0, denoised, state)
         return state * math.sqrt(1 + levels[-1] ** 2)
 
-    def _step(
-        self,
-        clean: torch.Tensor,
-        direction: torch.Tensor,
-        alpha: float,
-        next_alpha: float,
-        draw: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        """One step from `alpha` to `next_alpha` given x0 and the noise (eq. 12, with fresh noise as of eq. 16)."""
-        variance = 0.0
-        # An inverted schedule, whose noise grows, takes no fresh noise; nor does the step from timestep 0 to its own
-        # alpha, where that is the final one.
-        if next_alpha - alpha > SAME_LEVEL * next_alpha:
-            variance = self.eta**2 * (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
-        state = math.sqrt(next_alpha) * clean + math.sqrt(1 - next_alpha - variance) * direction
-        return state + math.sqrt(variance) * draw(state) if variance > 0 else state
+    def _start_algorithm(
+        self, config: dict, sigmas: torch.Tensor, alphas: list[float]
+    ) -> DDIM | cogvideox.CogVideoXDDIM:
+        """The algorithm for one run, so that nothing it remembers outlives the run."""
+        name = AUTOMATIC.get(config["_class_name"], "ddim") if self.algorithm == "auto" else self.algorithm
+        return ALGORITHMS[name](config, sigmas, alphas, self.eta)
 
 
-ALGORITHMS = {"auto": ReferenceDDIM, "ddim": ReferenceDDIM}
+class ReferenceDDIM(ReferenceSampler):
+    """DDIM for any scheduler class; see `DDIM`.
+
+    Raises:
+        ValueError: eta outside 0..1.
+    """
+
+    def __init__(self, eta: float = 0.0):
+        super().__init__("ddim", eta)
 
 
 def reference_sampler(algorithm: str = "auto", eta: float = 0.0) -> comfy.samplers.Sampler:
-    """The sampler of a published pipeline.
-
-    Args:
-        algorithm: a key of `ALGORITHMS`; "auto" is the one of the model's family.
-        eta: see `ReferenceDDIM`.
-
-    Raises:
-        ValueError: unknown algorithm, or eta outside 0..1.
-    """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"Unknown algorithm {algorithm!r}. Choose one of: {', '.join(ALGORITHMS)}.")
-    return ALGORITHMS[algorithm](eta)
+    """The sampler of a published pipeline; see `ReferenceSampler`."""
+    return ReferenceSampler(algorithm, eta)
 
 
 def _alphas(levels: list[float], model_sampling: torch.nn.Module, config: dict) -> list[float]:
@@ -188,18 +238,6 @@ def _predictions(
         residue = schedules.ZERO_SNR_ALPHA
         denoised = (denoised - math.sqrt(residue) * state) / math.sqrt(1 - residue)
     return denoised, state
-
-
-def _limit(clean: torch.Tensor, config: dict) -> torch.Tensor:
-    """Clip x0, or threshold it per sample (Saharia et al. 2022, arXiv 2205.11487), as the configuration says."""
-    if config["thresholding"]:
-        magnitudes = clean.abs().flatten(1).float()
-        bounds = torch.quantile(magnitudes, config["dynamic_thresholding_ratio"], dim=1)
-        bounds = bounds.clamp(1.0, config["sample_max_value"]).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
-        return clean.clamp(-bounds, bounds) / bounds
-    if config["clip_sample"]:
-        return clean.clamp(-config["clip_sample_range"], config["clip_sample_range"])
-    return clean
 
 
 def _noise_source(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -41,7 +41,18 @@ DEFAULTS = {
     "sample_max_value": 1.0,
     "lambda_min_clipped": -math.inf,
 }
-CLASS_DEFAULTS = {"DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False}}
+COGVIDEOX_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+COGVIDEOX_DEFAULTS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "snr_shift_scale": 3.0,
+    "clip_sample": False,  # their own default is True, but they do not clip
+}
+CLASS_DEFAULTS = {
+    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
+    **dict.fromkeys(COGVIDEOX_CLASSES, COGVIDEOX_DEFAULTS),
+}
 
 # Fields of DPMSolverMultistepScheduler that leave the training timesteps for noise levels between them.
 RESPACED_SIGMAS = (
@@ -59,13 +70,16 @@ def settings(config: dict) -> dict:
 
 
 def alphas_cumprod(config: dict) -> torch.Tensor:
-    """Cumulative product of 1 - beta, (T,) float32, the bits of the diffusers scheduler.
+    """Cumulative product of 1 - beta, (T,), the bits of the diffusers scheduler: float32, or float64 where it is
+    CogVideoX's over scaled_linear betas.
 
     Raises:
         ValueError: unknown `beta_schedule`, or `trained_betas` of another length than `num_train_timesteps`.
     """
     values = settings(config)
     betas = _betas(values)
+    if values["_class_name"] in COGVIDEOX_CLASSES:
+        return _cogvideox_alphas(values, betas)
     if values["rescale_betas_zero_snr"]:
         betas = _zero_terminal_snr(betas)
     alphas = torch.cumprod(1.0 - betas, dim=0)
@@ -85,7 +99,7 @@ def table_sigmas(config: dict) -> torch.Tensor:
     """
     alphas = alphas_cumprod(config)
     alphas = torch.where(alphas == 0, ZERO_SNR_ALPHA, alphas)
-    return ((1 - alphas) / alphas) ** 0.5
+    return (((1 - alphas) / alphas) ** 0.5).float()
 
 
 def final_alpha(config: dict) -> float:
@@ -147,8 +161,17 @@ def reference_sigmas(config: dict, steps: int, denoise: float = 1.0) -> torch.Te
     return torch.cat((table_sigmas(config)[visited[-count:]], torch.zeros(1)))
 
 
+def follows_reference(config: dict, sigmas: torch.Tensor) -> bool:
+    """Whether sigmas (n + 1,) are `reference_sigmas` of a full run of n steps."""
+    try:
+        reference = reference_sigmas(config, len(sigmas) - 1)
+    except ValueError:  # a scheduler, or a number of steps, that has no reference schedule
+        return False
+    return torch.allclose(sigmas.float().cpu(), reference, rtol=1e-5, atol=0)
+
+
 def _betas(values: dict) -> torch.Tensor:
-    """Betas before any rescaling, (T,) float32."""
+    """Betas before any rescaling, (T,) float32; float64 for CogVideoX's scaled_linear."""
     total, first, last = values["num_train_timesteps"], values["beta_start"], values["beta_end"]
     schedule, trained = values["beta_schedule"], values["trained_betas"]
     if trained is not None:
@@ -161,7 +184,8 @@ def _betas(values: dict) -> torch.Tensor:
     if schedule == "linear":
         return torch.linspace(first, last, total, dtype=torch.float32)
     if schedule == "scaled_linear":
-        return torch.linspace(first**0.5, last**0.5, total, dtype=torch.float32).square()
+        precision = torch.float64 if values["_class_name"] in COGVIDEOX_CLASSES else torch.float32
+        return torch.linspace(first**0.5, last**0.5, total, dtype=precision).square()
     if schedule == "squaredcos_cap_v2":
         return _cosine_betas(total)
     raise ValueError(
@@ -178,23 +202,41 @@ def _cosine_betas(total: int) -> torch.Tensor:
 
 
 def _zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
-    """Betas (T,) whose last alpha is exactly zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
-    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
-    first, last = roots[0], roots[-1]
-    alphas = ((roots - last) * (first / (first - last))).square()
+    """Betas (T,) whose last alpha is exactly zero."""
+    alphas = _without_terminal_signal(torch.cumprod(1.0 - betas, dim=0))
     # Back to betas although callers want their product: the round trip is part of the scheduler's bits.
     return 1.0 - torch.cat((alphas[:1], alphas[1:] / alphas[:-1]))
+
+
+def _without_terminal_signal(alphas: torch.Tensor) -> torch.Tensor:
+    """Alphas (T,) rescaled so that the last is exactly zero (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
+    roots = alphas.sqrt()
+    first, last = roots[0], roots[-1]
+    return ((roots - last) * (first / (first - last))).square()
+
+
+def _cogvideox_alphas(values: dict, betas: torch.Tensor) -> torch.Tensor:
+    """Alphas (T,) of CogVideoX's schedulers: a signal-to-noise ratio `snr_shift_scale` times smaller, then rescaled.
+
+    The shift is that of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, section 5.3.2), as CogVideoX
+    (arXiv 2408.06072) takes it over.
+    """
+    scale = values["snr_shift_scale"]
+    alphas = torch.cumprod(1.0 - betas, dim=0)
+    alphas = alphas / (scale + (1 - scale) * alphas)
+    return _without_terminal_signal(alphas) if values["rescale_betas_zero_snr"] else alphas
 
 
 def _spacings(values: dict) -> dict[str, Callable[[dict, int], numpy.ndarray]]:
     """Timestep spacings of the configuration's scheduler class by name."""
     name = values["_class_name"]
-    if name == "DDIMScheduler":
+    if name == "DDIMScheduler" or name in COGVIDEOX_CLASSES:
         return {"leading": _ddim_leading, "linspace": _ddim_linspace, "trailing": _ddim_trailing}
     if name != "DPMSolverMultistepScheduler":
         raise ValueError(
-            f"The checkpoint's scheduler is {name}; the reference schedule knows DDIMScheduler and "
-            "DPMSolverMultistepScheduler. Use a native scheduler node, such as BasicScheduler, with this model."
+            f"The checkpoint's scheduler is {name}; the reference schedule knows DDIMScheduler, "
+            f"DPMSolverMultistepScheduler, {' and '.join(COGVIDEOX_CLASSES)}. Use a native scheduler node, such as "
+            "BasicScheduler, with this model."
         )
     respaced = [field for field in RESPACED_SIGMAS if values.get(field)]
     if respaced:

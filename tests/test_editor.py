@@ -67,7 +67,7 @@ def test_the_run_button_brings_the_clip_into_the_editor(editor, server, path):
     assert entry["status"]["status_str"] == "success"
     files = [file for output in entry["outputs"].values() for file in output.get("images", [])]
     assert len(files) >= 1, entry["outputs"]
-    assert all((server.folder / "output" / file["subfolder"] / file["filename"]).is_file() for file in files)
+    assert all((server.folder / file["type"] / file["subfolder"] / file["filename"]).is_file() for file in files)
 
 
 def draw_bank(editor, server, path):
