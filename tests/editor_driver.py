@@ -74,7 +74,8 @@ class Editor:
         self.page.wait_for_function(READY, timeout=90_000)
 
     def wait_for_result(self, node_type: str) -> None:
-        """Wait until the node of a type shows a picture or a video that was made."""
+        """Wait until the node of a type shows a picture or a video that was made; only nodes in view show theirs."""
+        self.page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         self.page.wait_for_function(
             """type => window.app.graph.nodes.some(node => node.type === type &&
                 (node.imgs?.length || node.videoContainer?.querySelector('video')))""",
