@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .extras import import_extra
-from .torch_network import assign_weights, load_fully, managed, on_meta
+from .torch_network import assign_weights, in_single, load_fully, managed, on_meta
 
 CLASSES = 19
 # CelebAMask-HQ labels that count as background: background, ears, ear rings, neck, necklace, cloth, hat. Hair (17) and
@@ -44,7 +44,7 @@ class FaceParser:
         published = import_extra("facexlib.parsing.bisenet", "facexlib", "Face parsing")
         network = on_meta(lambda: published.BiSeNet(num_class=CLASSES))
         self.name = source
-        self._patcher = managed(assign_weights(network, state, source))
+        self._patcher = managed(assign_weights(network, in_single(state), source))
 
     def labels(self, crop: np.ndarray) -> torch.Tensor:
         """Label of every pixel of a uint8 portrait crop (H, W, 3): (H, W), 0..18."""

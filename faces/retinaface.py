@@ -9,7 +9,7 @@ import torch
 from .alignment import PORTRAIT_BORDER, PORTRAIT_SIDE, PORTRAIT_TEMPLATE, similarity_transform, warp
 from .detection import MAX_OVERLAP, Face, suppress_overlaps
 from .extras import import_extra
-from .torch_network import assign_weights, load_fully, managed, on_meta
+from .torch_network import assign_weights, in_single, load_fully, managed, on_meta
 
 PURPOSE = "RetinaFace"
 # facexlib's threshold for portraits, and the mean of the training pictures (blue, green, red).
@@ -37,7 +37,7 @@ class RetinaFace:
         # The only size: pictures are read as they are.
         self.sizes = (0,)
         self._configuration = network.cfg
-        self._patcher = managed(assign_weights(network, state, source))
+        self._patcher = managed(assign_weights(network, in_single(state), source))
 
     def detect(self, picture: np.ndarray, size: int = 0) -> list[Face]:
         """Faces of a uint8 picture (H, W, 3), the most certain first; `size` is not used."""

@@ -22,6 +22,11 @@ def assign_weights(network: torch.nn.Module, state: dict[str, torch.Tensor], sou
     return network.requires_grad_(False).eval()
 
 
+def in_single(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict in float32, for networks whose layers do not cast their weights."""
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
 def managed(network: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
     """A patcher that loads the network where ComfyUI runs text encoders and vision towers (the CPU on small cards)."""
     return comfy.model_patcher.ModelPatcher(

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
 from ..models.base import VideoModelConfig
+from ..models.consisid_latents import CogVideoXLatentFormat
 from ..models.latent_format import FrameLatentFormat
-from ..models.unet3d import REPLACEMENTS
 from ..samplers import schedules
-from .families import Family
+from .cogvideox_vae import latent_scales
+from .families import COGVIDEOX_VAE, Family
 from .folders import check_family, read_config, read_config_or
 from .network import WEIGHT_DTYPES, build_on_meta, choose_dtypes, load_network
 from .vae import scaling_factor
@@ -33,14 +35,36 @@ def load_folder_network(
     """
     check_family(folder, family)
     component = folder / family.component
-    network = build_on_meta(family.network, read_config(component / "config.json"), str(component / "config.json"))
+    network = build_network(family, component)
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
     state = family.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
     scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", family.scheduler)
-    latent_format = FrameLatentFormat(scaling_factor(folder))
-    patcher = assemble(family, network, state, weight_dtype, scheduler, latent_format, str(component), disable_dynamic)
+    patcher = assemble(
+        family, network, state, weight_dtype, scheduler, _latent_format(family, folder), str(component), disable_dynamic
+    )
     patcher.cached_patcher_init = (load_folder_network, (family, folder, weight_dtype))
     return patcher
+
+
+def build_network(family: Family, component: Path) -> torch.nn.Module:
+    """The network that `<component>/config.json` describes, on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: the configuration is missing, damaged, or describes no working network.
+    """
+    config_file = component / "config.json"
+    return build_on_meta(family.network, family.read_fields(read_config(config_file)), str(config_file))
+
+
+def published_latent_format(family: Family) -> comfy.latent_formats.LatentFormat:
+    """The family's latent space, scaled as published."""
+    return CogVideoXLatentFormat() if family.autoencoder == COGVIDEOX_VAE else FrameLatentFormat()
+
+
+def _latent_format(family: Family, folder: Path) -> comfy.latent_formats.LatentFormat:
+    if family.autoencoder == COGVIDEOX_VAE:
+        return CogVideoXLatentFormat(*latent_scales(folder))
+    return FrameLatentFormat(scaling_factor(folder))
 
 
 def assemble(
@@ -49,7 +73,7 @@ def assemble(
     state: dict[str, torch.Tensor],
     weight_dtype: str,
     scheduler: dict,
-    latent_format: FrameLatentFormat,
+    latent_format: comfy.latent_formats.LatentFormat,
     source: str,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
@@ -67,14 +91,14 @@ def assemble(
         dtype,
         manual_cast_dtype,
         latent_format,
-        model_channels=network.config.block_out_channels[0],
+        model_channels=family.width(network.config),
         sampling_settings={"timesteps": scheduler.get("num_train_timesteps", 1000)},
     )
     model = family.model(
         config,
         scheduler,
         schedules.table_sigmas(scheduler),
-        lambda operations: load_network(network, state, dtype, operations, REPLACEMENTS, source),
+        lambda operations: load_network(network, state, dtype, operations, family.replacements, source),
     )
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload_device = comfy.model_management.unet_offload_device()

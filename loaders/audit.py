@@ -6,15 +6,19 @@ from pathlib import Path
 import torch
 
 from . import folders, single_file
-from .families import FAMILIES
+from .assembly import build_network
+from .checkpoint import load_folder_clip, load_folder_vae
+from .families import FAMILIES, Family
 from .network import build_on_meta, compare
-from .text_encoder import load_text_encoder
-from .vae import load_vae
 from .vision import load_vision_tower
 from .weights import find_weights, read_weights
 
 FILE_PREFIX = "diffusion_models/"
-COMPONENTS = {"text_encoder": load_text_encoder, "image_encoder": load_vision_tower, "vae": load_vae}
+COMPONENTS = {
+    "text_encoder": load_folder_clip,
+    "image_encoder": lambda family, folder: load_vision_tower(folder),
+    "vae": load_folder_vae,
+}
 
 
 def list_sources() -> list[str]:
@@ -54,17 +58,16 @@ def _report_folder(folder: Path) -> list[str]:
     if family is None:
         description = found or "no readable unet or transformer configuration"
         return [f"Family: none of this pack's ({description})", "To load it: use the node made for this model."]
-    config_file = folder / family.component / "config.json"
     files = find_weights(folder / family.component, "diffusion_pytorch_model")
-    network = build_on_meta(family.network, folders.read_config(config_file), str(config_file))
+    network = build_network(family, folder / family.component)
     lines = [f"Family: {family.title}", f"Network files: {', '.join(file.name for file in files)}"]
     lines += _report_state(family.prepare(read_weights(files)), network, family.loader)
-    return lines + [_report_component(folder, name) for name in COMPONENTS if (folder / name).exists()]
+    return lines + [_report_component(family, folder, name) for name in COMPONENTS if (folder / name).exists()]
 
 
-def _report_component(folder: Path, name: str) -> str:
+def _report_component(family: Family, folder: Path, name: str) -> str:
     try:
-        component = COMPONENTS[name](folder)
+        component = COMPONENTS[name](family, folder)
     except (FileNotFoundError, ValueError) as error:
         return f"{name}: cannot be loaded: {error}"
     return f"{name}: {_count(component.get_sd())}"

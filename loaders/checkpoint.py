@@ -6,19 +6,24 @@ import comfy.clip_vision
 import comfy.model_patcher
 import comfy.sd
 
-from ..models.frame_vae import FrameVAE
 from .assembly import load_folder_network
-from .families import Family
+from .cogvideox_vae import load_cogvideox_vae, load_cogvideox_vae_patcher
+from .families import COGVIDEOX_VAE, T5, Family
+from .folders import read_config
 from .network import WEIGHT_DTYPES
+from .t5_text_encoder import load_t5_patcher, load_t5_text_encoder
 from .text_encoder import load_text_encoder, load_text_encoder_patcher
 from .vae import load_vae, load_vae_patcher
 from .vision import load_vision_patcher, load_vision_tower
 from .weights import HALF_TYPES
 
+# Tokens of a prompt where a configuration does not say.
+TEXT_TOKENS = 226
+
 
 def load_folder(
     family: Family, folder: Path, weight_dtype: str
-) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, FrameVAE]:
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """Load the network, the text encoder and the VAE of a folder.
 
     Args:
@@ -31,11 +36,37 @@ def load_folder(
     """
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
     model = load_folder_network(family, folder, weight_dtype)
-    clip = load_text_encoder(folder, family.text_layer, half)
-    clip.patcher.cached_patcher_init = (load_text_encoder_patcher, (folder, family.text_layer, half))
-    vae = load_vae(folder, half)
-    vae.patcher.cached_patcher_init = (load_vae_patcher, (folder, half))
-    return model, clip, vae
+    return model, load_folder_clip(family, folder, half), load_folder_vae(family, folder, half)
+
+
+def load_folder_clip(family: Family, folder: Path, prefer_half: bool = False) -> comfy.sd.CLIP:
+    """Load the text encoder of a folder; `prefer_half` takes the `.fp16` variant when both precisions are present.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or does not fit its configuration.
+    """
+    load, load_patcher, layer_or_tokens = load_text_encoder, load_text_encoder_patcher, family.text_layer
+    if family.text_encoder == T5:
+        config = read_config(folder / family.component / "config.json")
+        load, load_patcher = load_t5_text_encoder, load_t5_patcher
+        layer_or_tokens = config.get("max_text_seq_length", TEXT_TOKENS)
+    clip = load(folder, layer_or_tokens, prefer_half)
+    clip.patcher.cached_patcher_init = (load_patcher, (folder, layer_or_tokens, prefer_half))
+    return clip
+
+
+def load_folder_vae(family: Family, folder: Path, prefer_half: bool = False) -> comfy.sd.VAE:
+    """Load the VAE of a folder; `prefer_half` as of `load_folder_clip`.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, damaged, or does not fit its configuration.
+    """
+    load, load_patcher = load_vae, load_vae_patcher
+    if family.autoencoder == COGVIDEOX_VAE:
+        load, load_patcher = load_cogvideox_vae, load_cogvideox_vae_patcher
+    vae = load(folder, prefer_half)
+    vae.patcher.cached_patcher_init = (load_patcher, (folder, prefer_half))
+    return vae
 
 
 def load_folder_vision(folder: Path, weight_dtype: str) -> comfy.clip_vision.ClipVisionModel:

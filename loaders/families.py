@@ -1,16 +1,22 @@
 """The published model families: how each is recognised, what it is made of, and where it is published."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from ..models import consisid_transformer, unet3d
+from ..models.consisid import ConsisIDModel
 from ..models.consisti2v import ConsistI2VModel
 from ..models.consisti2v_unet import ConsistI2VUNet, drop_dead_keys
 from ..models.i2vgenxl import I2VGenXLModel
 from ..models.i2vgenxl_unet import I2VGenXLUNet
 from ..models.modelscope import ModelScopeModel
 from ..models.unet3d import ModelScopeUNet
+from . import consisid_config
+
+CLIP, T5 = "CLIP", "T5"
+FRAME_VAE, COGVIDEOX_VAE = "AutoencoderKL", "AutoencoderKLCogVideoX"
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,12 @@ class Family:
         dtypes: types it computes well in, preferred first.
         blocks: end of its block types' names, "3D" or "2D"; 2-D blocks count heads, of 64 channels as published.
         prepare: takes published keys that the network has no place for out of a state dict.
+        read_fields: takes fields that mean something else to the network than to its publishers out of config.json.
+        describe: configuration of the network with these weights; None: that of a UNet.
+        replacements: diffusers class of a module -> ours.
+        width: channels of the network's first block by its configuration.
+        text_encoder: `CLIP` or `T5`.
+        autoencoder: `FRAME_VAE` or `COGVIDEOX_VAE`.
     """
 
     name: str
@@ -48,6 +60,12 @@ class Family:
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     blocks: str = "3D"
     prepare: Callable[[dict], dict] = dict
+    read_fields: Callable[[dict], dict] = dict
+    describe: Callable[[Mapping[str, torch.Tensor]], dict] | None = None
+    replacements: dict[type, type] = field(default_factory=lambda: unet3d.REPLACEMENTS)
+    width: Callable[[Mapping], int] = lambda config: config.block_out_channels[0]
+    text_encoder: str = CLIP
+    autoencoder: str = FRAME_VAE
 
 
 MODELSCOPE = Family(
@@ -128,5 +146,39 @@ CONSISTI2V = Family(
     prepare=drop_dead_keys,
 )
 
+CONSISID = Family(
+    name="consisid",
+    title="ConsisID",
+    loader="Load ConsisID",
+    repository="BestWishYsh/ConsisID-preview",
+    component="transformer",
+    network_class="ConsisIDTransformer3DModel",
+    marker="local_facial_extractor.latents",
+    network=consisid_transformer.ConsisIDTransformer,
+    model=ConsisIDModel,
+    text_layer="last",
+    scheduler={
+        "_class_name": "CogVideoXDPMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 1.0,
+        "timestep_spacing": "trailing",
+    },
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    read_fields=consisid_transformer.read_fields,
+    describe=consisid_config.network_config,
+    replacements=consisid_transformer.REPLACEMENTS,
+    width=lambda config: config.num_attention_heads * config.attention_head_dim,
+    text_encoder=T5,
+    autoencoder=COGVIDEOX_VAE,
+)
+
 # Families that share keys come after those with a marker of their own.
-FAMILIES = {family.name: family for family in (CONSISTI2V, I2VGENXL, MODELSCOPE)}
+FAMILIES = {family.name: family for family in (CONSISTI2V, I2VGENXL, MODELSCOPE, CONSISID)}

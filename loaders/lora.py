@@ -2,7 +2,7 @@
 
 ComfyUI already maps `lora_unet_<key with underscores>` (kohya) and `diffusion_model.<key>` onto any network. Trainers
 of diffusers write
-`unet.<key>` and its older spellings instead, which ComfyUI maps for its own Stable Diffusion networks only.
+`unet.<key>`, `transformer.<key>` and older spellings instead, which ComfyUI maps for its own networks only.
 """
 
 import comfy.weight_adapter
@@ -10,14 +10,22 @@ import torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
 NETWORK = "diffusion_model."
-BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.", "transformer_in.")
+BLOCKS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "transformer_in.",
+    "transformer_blocks.",
+    "perceiver_cross_attention.",
+)
+PREFIXES = ("unet.", "", "base_model.model.", "unet.base_model.model.", "transformer.")
 
 
 def diffusers_names(key: str) -> list[str]:
     """The names under which diffusers and peft have saved a layer `key`, such as `mid_block.attentions.0.proj_in`."""
     parent, _, layer = key.removesuffix(".0").rpartition(".")
     names = [key, f"{parent}.processor.{layer}"] if layer.startswith("to_") else [key]
-    return [prefix + name for name in names for prefix in ("unet.", "", "base_model.model.", "unet.base_model.model.")]
+    return [prefix + name for name in names for prefix in PREFIXES]
 
 
 class DiffusersLoRAAdapter(LoRAAdapter):

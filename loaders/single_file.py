@@ -7,14 +7,13 @@ import comfy.model_patcher
 import folder_paths
 import torch
 
-from ..models.latent_format import FrameLatentFormat
 from . import original_modelscope
-from .assembly import assemble
+from .assembly import assemble, published_latent_format
 from .families import FAMILIES, Family
 from .network import build_on_meta
 from .weights import read_weights
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "module.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
 
 
 def list_files() -> list[str]:
@@ -59,6 +58,8 @@ def detect_family(state: Mapping[str, torch.Tensor]) -> Family | None:
 
 def network_config(family: Family, state: Mapping[str, torch.Tensor]) -> dict:
     """The configuration of a family's network read from its shapes; what shapes do not tell is as published."""
+    if family.describe is not None:
+        return family.describe(state)
     down = _count(state, "down_blocks.{}.resnets.0.conv1.weight")
     attention = [f"down_blocks.{level}.attentions.0.proj_in.weight" in state for level in range(down)]
     text = next(
@@ -111,7 +112,7 @@ def load_file(
     family = choose_family(path, state, family_name)
     state = family.prepare(state)
     network = build_on_meta(family.network, network_config(family, state), str(path))
-    latent_format = FrameLatentFormat()
+    latent_format = published_latent_format(family)
     patcher = assemble(
         family, network, state, weight_dtype, family.scheduler, latent_format, str(path), disable_dynamic
     )

@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
 from ..loaders import character_bank, fonts, lora
-from . import banks, comic, conditioning, faces, latents, loaders, noise, patches, photomaker, sampling, story
+from . import banks, comic, conditioning, consisid, faces, latents, loaders, noise, patches, photomaker, sampling, story
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -46,6 +46,7 @@ class ConsistentVideoExtension(ComfyExtension):
             *comic.NODES,
             *photomaker.NODES,
             *faces.NODES,
+            *consisid.NODES,
         ]
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..patches import consistent_attention, context_windows, free_u, token_sharing
+from ..patches import consistent_attention, context_windows, dynamic_cfg, free_u, token_sharing
 from .types import CHARACTER_BANK
 
 CATEGORY = "ConsistentVideo/patches"
@@ -253,4 +253,39 @@ class FreeU(io.ComfyNode):
         return io.NodeOutput(free_u.install_free_u(model, b1, b2, s1, s2))
 
 
-NODES = [ConsistentSelfAttention, FreeU]
+class DynamicCFG(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoDynamicCFG",
+            display_name="Dynamic CFG",
+            category=CATEGORY,
+            description="Guidance that changes over the run, as ConsisID's and CogVideoX's pipelines offer it: between "
+            "1 and 1 more than the cfg of KSampler or CFG Guider. For epsilon and v-prediction models.",
+            search_aliases=["consisid", "cogvideox", "guidance schedule", "cfg schedule", "use_dynamic_cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model of Load ConsisID, or another epsilon or v-prediction model."),
+                io.Combo.Input(
+                    "mode",
+                    options=list(dynamic_cfg.MODES),
+                    default="progress",
+                    tooltip="progress: the guidance grows smoothly over the run. reference: the published formula, to "
+                    "repeat published results; it jumps about until late in the run.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Number of steps of the run; only the mode reference needs it.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the patch.")],
+        )
+
+    @classmethod
+    def execute(cls, model, mode: str, steps: int) -> io.NodeOutput:
+        return io.NodeOutput(dynamic_cfg.install_dynamic_cfg(model, mode, steps))
+
+
+NODES = [ConsistentSelfAttention, FreeU, DynamicCFG]

@@ -11,7 +11,7 @@ from playwright.sync_api import Page, sync_playwright
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 READY = "() => window.app?.graph && window.app.extensionManager && document.querySelector('[data-testid=queue-button]')"
-SMALL = {"steps": 2, "width": 64, "height": 64, "frames": 4}
+SMALL = {"steps": 2, "width": 64, "height": 64, "frames": 5}
 
 
 class Editor:

@@ -186,3 +186,13 @@ def test_the_aligner_is_facexlibs():
     assert crop.shape == (512, 512, 3)
     assert np.abs(used - matrix).max() < 1e-6
     assert np.abs(similarity_transform(points, PORTRAIT_TEMPLATE) - matrix).max() > 0.1
+
+
+def test_half_precision_parsers_compute_in_single():
+    published = pytest.importorskip("facexlib.parsing.bisenet")
+    torch.manual_seed(0)
+    state = published.BiSeNet(num_class=19).state_dict()
+    crop = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    rounded = {key: value.half().to(value.dtype) for key, value in state.items()}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    assert torch.equal(parsing.FaceParser(half, "half").labels(crop), parsing.FaceParser(rounded, "single").labels(crop))

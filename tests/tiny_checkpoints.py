@@ -249,6 +249,24 @@ def write_photomaker(path: Path) -> Path:
     return tiny_photomaker.write_photomaker(path, "v2" if "v2" in path.name else "v1")
 
 
+def write_consisid(folder: Path) -> Path:
+    """ConsisID with the face networks of its `face_encoder` folder; see `tiny_consisid`, which needs ComfyUI."""
+    import tiny_consisid
+    import tiny_faces
+    from facexlib.parsing.bisenet import BiSeNet
+
+    widths = {"LFE_id_dim": 512 + tiny_faces.EVA_OUTPUT, "LFE_vit_dim": tiny_faces.EVA_WIDTH}
+    # Learned positions would tie clips to one size.
+    tiny_consisid.write_consisid(folder, **widths, use_learned_positional_embeddings=False)
+    encoder = folder / "face_encoder"
+    tiny_faces.write_pack(encoder / "models" / "antelopev2")
+    save_file(tiny_faces.eva_state(), encoder / "EVA02_CLIP_L_336_psz14_s6B.safetensors")
+    torch.manual_seed(0)
+    parser = {key: value.half() for key, value in BiSeNet(num_class=19).state_dict().items()}
+    torch.save(parser, encoder / "parsing_bisenet.pth")
+    return folder
+
+
 def write_face_pack(folder: Path) -> Path:
     """A pack of insightface; see `tiny_faces`, which needs ComfyUI."""
     import tiny_faces
@@ -308,6 +326,7 @@ CHECKPOINTS = {
     f"diffusers/{CONSISTI2V_NAME}": write_consisti2v,
     f"diffusers/{REFINER_NAME}": write_refiner,
     f"checkpoints/{SDXL_NAME}": write_sdxl,
+    "diffusers/ConsisID-preview": write_consisid,
     "photomaker/photomaker-v1.bin": write_photomaker,
     "photomaker/photomaker-v2.bin": write_photomaker,
     "insightface/models/buffalo_l": write_face_pack,

@@ -2,7 +2,7 @@
 
 ComfyUI knows the family by the width and depth of its blocks, so those are the smallest known ones (Segmind Vega's), at
 one width. The text encoders have their published size, but only the embeddings of common words are no zeros, which a
-sparse file stores in no space; the autoencoder paints the latent's values as colours.
+sparse file stores in no space; the autoencoder paints the latent's values as light colours.
 """
 
 import json
@@ -107,4 +107,6 @@ def _values(key: str, shape: list[int], generator: torch.Generator) -> torch.Ten
         centre = torch.zeros(shape)
         centre[:, :, shape[2] // 2, shape[3] // 2] = torch.eye(shape[0])
         return centre
+    if key == "first_stage_model.decoder.conv_out.bias":
+        return torch.full(shape, 0.5)
     return torch.ones(shape) if key == "first_stage_model.decoder.norm_out.weight" else None

@@ -1,0 +1,138 @@
+"""ConsisID in ComfyUI."""
+
+import math
+
+import comfy.conds
+import comfy.model_management
+import torch
+
+from .base import VideoModel
+from .consisid_blocks import DEVICE_ROWS
+
+PICTURE = "consisid_picture"
+KEY_POINTS = "consisid_key_points"
+IDENTITY = "consisid_identity"
+VISION = "consisid_vision"
+STRENGTH = "consisid_strength"
+
+NEEDED = "ConsisID needs a face: connect both prompts through ConsisID Conditioning."
+
+# Elements alive at the peak of one call per token and channel, measured at the published width (a test measures them
+# again): in attention; in a feed-forward layer, and in the chunk of it that is at work.
+ATTENTION_ELEMENTS = 8.0
+FEED_FORWARD_ELEMENTS = 4.4
+CHUNK_ELEMENTS = 8.0
+
+
+def picture_latents(picture: torch.Tensor, key_points: torch.Tensor | None, frames: int) -> torch.Tensor:
+    """The picture's latent (B, C, 1, h, w), then that of the key points, if any, then zeros: (B, C, F', h, w)."""
+    clip = picture.new_zeros(*picture.shape[:2], frames, *picture.shape[-2:])
+    clip[:, :, :1] = picture
+    if key_points is not None:
+        clip[:, :, 1:2] = key_points
+    return clip
+
+
+class ConsisIDModel(VideoModel):
+    """`ConsisIDTransformer` with everything that only depends on the conditioning computed once per sampling run."""
+
+    def memory_required(self, input_shape, cond_shapes={}) -> float:
+        """Bytes of activations for latents of `input_shape` (B, C, F', h, w)."""
+        config = self.diffusion_model.config
+        positions = math.prod(input_shape[2:]) / config.patch_size**2
+        tokens = input_shape[0] * (positions + config.max_text_seq_length)
+        feed_forward = FEED_FORWARD_ELEMENTS * tokens + CHUNK_ELEMENTS * min(tokens, DEVICE_ROWS)
+        elements = max(ATTENTION_ELEMENTS * tokens, feed_forward) * self.model_config.unet_config["model_channels"]
+        return elements * comfy.model_management.dtype_size(self.get_dtype_inference())
+
+    def text_states(self, **kwargs) -> torch.Tensor:
+        """The prompt's text states (B, T, D) on the device and in the type of the computation.
+
+        Args:
+            cross_attn, device: what ComfyUI hands to `extra_conds`.
+
+        Raises:
+            ValueError: there is no prompt, another text encoder made it, or it has another number of tokens.
+        """
+        text, config = kwargs.get("cross_attn"), self.diffusion_model.config
+        found = None if text is None else text.shape[-1]
+        if found != config.text_embed_dim:
+            raise ValueError(
+                f"The prompt has {found or 'no'} values per token, but ConsisID needs {config.text_embed_dim}. Encode "
+                "it with the CLIP that Load ConsisID returns, or with Load CLIP of a T5-XXL and type cogvideox."
+            )
+        if text.shape[1] != config.max_text_seq_length:
+            raise ValueError(
+                f"The prompt has {text.shape[1]} tokens, but ConsisID reads exactly {config.max_text_seq_length}. "
+                "Shorten it, and use the CLIP that Load ConsisID returns, or Load CLIP with type cogvideox, which pads."
+            )
+        return comfy.model_management.cast_to_device(text, kwargs["device"], self.get_dtype_inference())
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Conditioning of one prompt, made by the conditioning node.
+
+        Raises:
+            ValueError: the conditioning lacks the face, or was made for clips of another size.
+        """
+        conds = super().extra_conds(**kwargs)
+        text, picture = self.text_states(**kwargs), self._picture(**kwargs)
+        identity, vision = self._face(**kwargs)
+        strength = torch.tensor([float(kwargs[STRENGTH])], device=kwargs["device"])
+        if kwargs.get("hooks") is not None:
+            # Weights that change during the run: the network computes what depends on them in every call.
+            conds["c_crossattn"] = comfy.conds.CONDRegular(text)
+            conds["picture"] = comfy.conds.CONDNoiseShape(picture)
+            conds["identity"] = comfy.conds.CONDRegular(identity)
+            conds["vision_states"] = comfy.conds.CONDList(vision)
+            conds["strength"] = comfy.conds.CONDRegular(strength)
+            return conds
+        condition = self.diffusion_model.condition(text, picture, identity, vision, strength)
+        conds.pop("c_crossattn")
+        conds["text_tokens"] = comfy.conds.CONDRegular(condition.text)
+        conds["picture_tokens"] = comfy.conds.CONDRegular(condition.picture)
+        # In a tuple, ComfyUI leaves the angles in float32.
+        conds["rotary"] = comfy.conds.CONDConstant((condition.rotary,))
+        if condition.face is not None:
+            conds["face_keys_values"] = comfy.conds.CONDRegular(condition.face)
+        return conds
+
+    def _picture(self, **kwargs) -> torch.Tensor:
+        """Scaled latents of the face's picture and key points in the frames of the clip to sample."""
+        if PICTURE not in kwargs:
+            raise ValueError(NEEDED)
+        noise, config = kwargs["noise"], self.diffusion_model.config
+        if any(side % config.patch_size for side in noise.shape[-2:]):
+            raise ValueError(
+                f"The latent to sample is {tuple(noise.shape[-2:])} (height, width), but ConsisID works on patches of "
+                f"{config.patch_size}. Use the latent of ConsisID Conditioning."
+            )
+        latents = [kwargs[PICTURE], kwargs[KEY_POINTS]] if config.is_kps else [kwargs[PICTURE]]
+        if noise.shape[2] < len(latents):
+            raise ValueError("This checkpoint is told key points in the second latent frame: make 5 frames or more.")
+        expected = (config.in_channels - config.out_channels, 1, *noise.shape[-2:])
+        if latents[0].shape[1:] != expected:
+            raise ValueError(
+                f"The face's picture was prepared as a latent of {tuple(latents[0].shape[1:])} (channels, frames, "
+                f"height, width), but the latent to sample needs {expected}. Sample the latent of ConsisID "
+                "Conditioning, with the VAE of the checkpoint."
+            )
+        picture, *points = (self.latent_format.process_picture(latent) for latent in latents)
+        clip = picture_latents(picture, points[0] if points else None, noise.shape[2])
+        return comfy.model_management.cast_to_device(clip, kwargs["device"], self.get_dtype_inference())
+
+    def _face(self, **kwargs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Identity embedding and vision states of the face."""
+        config = self.diffusion_model.config
+        identity, vision = kwargs[IDENTITY], kwargs[VISION]
+        widths = [state.shape[-1] for state in vision]
+        if config.is_train_face and (
+            identity.shape[-1] != config.LFE_id_dim or widths != [config.LFE_vit_dim] * config.LFE_num_scale
+        ):
+            raise ValueError(
+                f"The face has an identity of {identity.shape[-1]} values and vision states of {widths}, but this "
+                f"checkpoint needs {config.LFE_id_dim} and {config.LFE_num_scale} of {config.LFE_vit_dim}. Encode it "
+                "with the face networks published with ConsisID."
+            )
+        device, dtype = kwargs["device"], self.get_dtype_inference()
+        cast = [comfy.model_management.cast_to_device(tensor, device, dtype) for tensor in (identity, *vision)]
+        return cast[0], cast[1:]
