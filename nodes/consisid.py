@@ -7,9 +7,11 @@ from ..loaders import fingerprint, folders
 from ..loaders.checkpoint import load_folder
 from ..loaders.families import CONSISID
 from ..models import consisid_conditioning
+from ..patches import step_cache
 from ..samplers import latents
 from .loaders import CATEGORY as LOADERS
 from .loaders import checkpoint_input, weight_dtype_input
+from .patches import CATEGORY as PATCHES
 from .types import FACE_EMBEDS
 
 CATEGORY = "ConsistentVideo/conditioning"
@@ -136,4 +138,50 @@ class ConsisIDConditioning(io.ComfyNode):
         return io.NodeOutput(positive, negative, latents.empty_latent(vae, width, height, frames, batch_size))
 
 
-NODES = [ConsisIDLoader, ConsisIDConditioning]
+class StepCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ConsistentVideoStepCache",
+            display_name="Step Cache",
+            category=PATCHES,
+            description="Faster ConsisID clips: steps in which the noise level changes little reuse what the network "
+            "predicted before, after the idea of TeaCache. The clip is then not the same as that of all steps.",
+            search_aliases=["teacache", "easycache", "cache", "faster", "speed", "skip steps", "consisid"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model of Load ConsisID."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Relative change of the network's input up to which a prediction is reused; more is faster "
+                    "and less exact. 0: off.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the run before which every step is computed.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.95,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the run after which every step is computed.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the patch.")],
+        )
+
+    @classmethod
+    def execute(cls, model, threshold: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+        return io.NodeOutput(step_cache.install_step_cache(model, threshold, start_percent, end_percent))
+
+
+NODES = [ConsisIDLoader, ConsisIDConditioning, StepCache]

@@ -195,4 +195,6 @@ def test_half_precision_parsers_compute_in_single():
     crop = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rounded = {key: value.half().to(value.dtype) for key, value in state.items()}
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-    assert torch.equal(parsing.FaceParser(half, "half").labels(crop), parsing.FaceParser(rounded, "single").labels(crop))
+    assert torch.equal(
+        parsing.FaceParser(half, "half").labels(crop), parsing.FaceParser(rounded, "single").labels(crop)
+    )
