@@ -1,9 +1,10 @@
-"""One of the pack's 3-D UNets against its reference, at published width on this machine's CPU.
+"""One of the pack's video networks against its reference, at published width on this machine's CPU.
 
-    python3 benchmarks/unet3d.py [--network i2vgenxl | consisti2v] [--json PATH] [--seconds 170] [--threads N]
+    python3 benchmarks/unet3d.py [--network NAME] [--json PATH] [--seconds 170] [--threads N]
 
 Prepares the environment like scripts/test.py, then measures in a process of its own: the networks that diffusers has
-against those (unet3d_measure.py), ConsistI2V's attention against the published formulation (consisti2v_measure.py).
+against those (unet3d_measure.py, consisid_measure.py), ConsistI2V's attention against the published formulation
+(consisti2v_measure.py).
 Prints a table and writes the numbers to benchmarks/results/<network>.json. Needs 10 GB of free memory and about three
 minutes.
 """
@@ -18,6 +19,7 @@ SCRIPTS = {
     "modelscope": "unet3d_measure.py",
     "i2vgenxl": "unet3d_measure.py",
     "consisti2v": "consisti2v_measure.py",
+    "consisid": "consisid_measure.py",
 }
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
