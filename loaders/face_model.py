@@ -22,6 +22,7 @@ from ..faces.onnx_session import open_session
 from ..faces.parsing import FaceParser
 from ..faces.retinaface import RetinaFace
 from ..faces.scrfd import Scrfd
+from . import fingerprint
 from .folders import checkpoint_folders
 from .weights import read_weights
 
@@ -101,6 +102,14 @@ def load_face_model(source: str, provider: str = "auto") -> FaceModel:
     return FaceModel(source, detector, recogniser, missing=missing, **parts)
 
 
+def fingerprint_face_source(source: str) -> str:
+    """Changes when a file that the source is loaded from is added, removed or rewritten."""
+    folder = _folders().get(source)
+    files = [*(_onnx_files(folder) if folder else []), _mediapipe_files().get(source)]
+    files += [_part_file(part, folder) for part in PARTS]
+    return "\n".join(f"{file} {fingerprint.of_file(Path(file))}" for file in files if file)
+
+
 def _load_detector(source: str) -> Detector:
     if source == BUILT_IN:
         return CascadeDetector()
@@ -132,20 +141,26 @@ def _load_pack(folder: Path, provider: str) -> tuple[Scrfd, ArcFace | None]:
 
 def _load_part(part: str, folder: Path | None) -> object:
     """The network of a part, or a sentence that says what it lacks; damaged files raise ValueError."""
-    stem, kinds, network, publisher = PARTS[part]
-    roots = [
-        *([folder] if folder else []),
-        *(root for kind in kinds for root in _roots(kind)),
-        *_face_encoders().values(),
-    ]
-    candidates = (root / f"{stem}{suffix}" for root in roots for suffix in WEIGHT_SUFFIXES)
-    file = next((path for path in candidates if path.is_file()), None)
+    _, kinds, network, publisher = PARTS[part]
+    file = _part_file(part, folder)
     if file is None:
         return f"Put {publisher}, into {_roots(kinds[0])[0]} (or the face_encoder folder of a ConsisID checkpoint)."
     try:
         return network(read_weights([file]), str(file))
     except ImportError as error:
         return str(error)
+
+
+def _part_file(part: str, folder: Path | None) -> Path | None:
+    """The file of a part: of the source's folder, else of the first folder that has one."""
+    stem, kinds, *_ = PARTS[part]
+    roots = [
+        *([folder] if folder else []),
+        *(root for kind in kinds for root in _roots(kind)),
+        *_face_encoders().values(),
+    ]
+    candidates = (root / f"{stem}{suffix}" for root in roots for suffix in WEIGHT_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _folders() -> dict[str, Path]:

@@ -6,7 +6,12 @@ from ..faces.embeddings import encode_face
 from ..faces.key_points import draw_key_points
 from ..faces.onnx_session import PROVIDERS
 from ..faces.similarity import compare_faces, plot_similarities
-from ..loaders.face_model import explain_missing_face_source, list_face_sources, load_face_model
+from ..loaders.face_model import (
+    explain_missing_face_source,
+    fingerprint_face_source,
+    list_face_sources,
+    load_face_model,
+)
 from .types import FACE_EMBEDS, FACE_MODEL
 
 CATEGORY = "ConsistentVideo/faces"
@@ -42,6 +47,10 @@ class FaceModelLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, source: str) -> bool | str:
         return explain_missing_face_source(source)
+
+    @classmethod
+    def fingerprint_inputs(cls, source: str, provider: str) -> str:
+        return fingerprint_face_source(source)
 
     @classmethod
     def execute(cls, source: str, provider: str) -> io.NodeOutput:

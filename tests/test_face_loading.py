@@ -16,6 +16,7 @@ from consistent_video.faces.pictures import to_image
 from consistent_video.loaders.face_model import (
     BUILT_IN,
     explain_missing_face_source,
+    fingerprint_face_source,
     list_face_sources,
     load_face_model,
 )
@@ -58,6 +59,23 @@ def test_sources_are_listed(models):
         BUILT_IN,
     ]
     assert all(explain_missing_face_source(name) is True for name in list_face_sources())
+
+
+def test_a_source_is_another_one_when_a_file_joins_it_or_changes(models):
+    """Otherwise ComfyUI's cache would go on with a face model that lacks what a message asked for."""
+    pack = models / "insightface" / "models" / "buffalo_l"
+    fake_pack(pack)
+    source, known = "insightface/buffalo_l", set()
+    known.add(fingerprint_face_source(source))
+    assert known == {fingerprint_face_source(source)}
+    (pack / "w600k_r50.onnx").write_bytes(b"added")
+    known.add(fingerprint_face_source(source))
+    (pack / "w600k_r50.onnx").write_bytes(b"rewritten")
+    known.add(fingerprint_face_source(source))
+    (models / "clip_vision" / "EVA02_CLIP_L_336_psz14_s6B.pt").write_bytes(b"a part")
+    known.add(fingerprint_face_source(source))
+    assert len(known) == 4
+    assert fingerprint_face_source(BUILT_IN) != fingerprint_face_source(source)
 
 
 def test_a_missing_source_says_where_it_goes(models):
