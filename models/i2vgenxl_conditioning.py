@@ -40,9 +40,25 @@ def condition_prompts(
         ValueError: a picture that cannot be encoded, or a VAE without a posterior to draw from.
     """
     check_pictures(images)
+    embedding = embed_pictures(clip_vision, images, width)
+    return add_pictures(positive, negative, vae, images, embedding, width, height, fps, encoding, seed)
+
+
+def add_pictures(
+    positive: list,
+    negative: list,
+    vae: comfy.sd.VAE,
+    images: torch.Tensor,
+    embedding: torch.Tensor,
+    width: int,
+    height: int,
+    fps: float,
+    encoding: str,
+    seed: int,
+) -> tuple[list, list]:
+    """As of `condition_prompts`, with image embeddings (N, 1, D), or (N, F, D) with one per frame, that are there."""
     frame_vae = vae if isinstance(vae, FrameVAE) else over_frames(vae)
     latent = encode_first_frames(frame_vae, first_frames(images, width, height), encoding, seed)
-    embedding = embed_pictures(clip_vision, images, width)
     values = {IMAGE_LATENT: latent, FPS: float(fps)}
     return (
         node_helpers.conditioning_set_values(positive, {**values, IMAGE_EMBEDDING: embedding}),

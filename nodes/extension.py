@@ -2,8 +2,22 @@
 
 from comfy_api.latest import ComfyAPI, ComfyExtension, io
 
-from ..loaders import character_bank, fonts, lora
-from . import banks, comic, conditioning, consisid, faces, latents, loaders, noise, patches, photomaker, sampling, story
+from ..loaders import character_bank, fonts, lora, motion_predictor
+from . import (
+    banks,
+    comic,
+    conditioning,
+    consisid,
+    faces,
+    latents,
+    loaders,
+    noise,
+    patches,
+    photomaker,
+    sampling,
+    story,
+    transitions,
+)
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -24,6 +38,7 @@ def register_folders() -> None:
     """Tell ComfyUI of the pack's own folders below `models`, which nodes list."""
     character_bank.register_folder()
     fonts.register_folder()
+    motion_predictor.register_folder()
 
 
 class ConsistentVideoExtension(ComfyExtension):
@@ -47,6 +62,7 @@ class ConsistentVideoExtension(ComfyExtension):
             *photomaker.NODES,
             *faces.NODES,
             *consisid.NODES,
+            *transitions.NODES,
         ]
 
 

@@ -7,3 +7,4 @@ CHARACTER_BANK = io.Custom("CHARACTER_BANK")  # patches.character_bank.Character
 PHOTOMAKER = io.Custom("PHOTOMAKER")  # models.photomaker.PhotoMaker, or the object of ComfyUI's own loader
 FACE_MODEL = io.Custom("FACE_MODEL")  # faces.face_model.FaceModel
 FACE_EMBEDS = io.Custom("FACE_EMBEDS")  # faces.embeddings.FaceEmbeds
+MOTION_PREDICTOR = io.Custom("MOTION_PREDICTOR")  # models.motion_predictor.MotionPredictorModel

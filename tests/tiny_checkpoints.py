@@ -211,16 +211,17 @@ def write_i2vgenxl(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_consisti2v(folder: Path, seed: int = 0) -> Path:
+def write_consisti2v(folder: Path, seed: int = 0, **unet_settings) -> Path:
     """A ConsistI2V folder, with parameters that every published file has and no network reads."""
     from consistent_video.models.consisti2v_unet import ConsistI2VUNet
 
     torch.manual_seed(seed)
-    unet = ConsistI2VUNet(**{key: value for key, value in CONSISTI2V_UNET.items() if key != "_class_name"})
+    config = {**CONSISTI2V_UNET, **unet_settings}
+    unet = ConsistI2VUNet(**{key: value for key, value in config.items() if key != "_class_name"})
     _spread(unet)
     dead = {"down_blocks.0.conv3ds.0.time_emb_proj.weight": torch.zeros(64, 512)}
     (folder / "unet").mkdir(parents=True)
-    (folder / "unet" / "config.json").write_text(json.dumps(CONSISTI2V_UNET))
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
     save_file({**unet.state_dict(), **dead}, folder / "unet" / "diffusion_pytorch_model.safetensors")
     write_image_vae(folder / "vae")
     write_text_encoder(folder / "text_encoder")
@@ -247,6 +248,13 @@ def write_photomaker(path: Path) -> Path:
     import tiny_photomaker
 
     return tiny_photomaker.write_photomaker(path, "v2" if "v2" in path.name else "v1")
+
+
+def write_motion_predictor(path: Path) -> Path:
+    """See `tiny_motion_predictor`, which needs ComfyUI."""
+    import tiny_motion_predictor
+
+    return tiny_motion_predictor.write_motion_predictor(path)
 
 
 def write_consisid(folder: Path) -> Path:
@@ -329,6 +337,7 @@ CHECKPOINTS = {
     "diffusers/ConsisID-preview": write_consisid,
     "photomaker/photomaker-v1.bin": write_photomaker,
     "photomaker/photomaker-v2.bin": write_photomaker,
+    "motion_predictors/motion_predictor.safetensors": write_motion_predictor,
     "insightface/models/buffalo_l": write_face_pack,
     "vae_approx/taesd_encoder.safetensors": write_taesd,
     "vae_approx/taesd_decoder.safetensors": write_taesd,

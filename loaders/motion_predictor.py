@@ -1,0 +1,131 @@
+"""Motion predictor files: safetensors with the sizes of the network in their metadata.
+
+The metadata key `FORMAT` holds JSON: {"version": 1, "config": {constructor arguments of `MotionPredictor`}}.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..models.motion_predictor import MotionPredictor, MotionPredictorModel
+from .listed_files import ListedFiles
+from .network import build_on_meta, compare, load_network
+from .weights import check_tensors, read_file
+
+FOLDER = "motion_predictors"
+FILES = ListedFiles(FOLDER, "Motion predictor", "Train one with this pack's trainer, and put the file into {folders}")
+FORMAT = "consistent_video.motion_predictor"
+VERSION = 1
+
+
+def register_folder() -> None:
+    """Let ComfyUI list the files of `models/motion_predictors`."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
+
+
+def save_motion_predictor(network_state: Mapping[str, torch.Tensor], config: dict, path: Path) -> None:
+    """Write a file that `load_motion_predictor` reads.
+
+    Args:
+        network_state: state dict of a `MotionPredictor`, on any device.
+        config: its `config`; settings left out are written as the defaults they are.
+        path: a .safetensors file in a folder that exists.
+
+    Raises:
+        ValueError: the tensors do not fit the configuration.
+    """
+    network = build_network(config, "The configuration to save")
+    difference = compare(network_state, network)
+    if difference:
+        raise ValueError(f"The tensors to save in {path} do not fit their configuration: {difference.summary()}.")
+    state = {key: tensor.detach().contiguous() for key, tensor in network_state.items()}
+    description = json.dumps({"version": VERSION, "config": network.config})
+    comfy.utils.save_torch_file(state, str(path), metadata={FORMAT: description})
+
+
+def load_motion_predictor(
+    path: Path, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> MotionPredictorModel:
+    """Load a motion predictor.
+
+    Args:
+        path: a file that `save_motion_predictor` wrote.
+        dtype: storage type of the weights; None is ComfyUI's choice for encoders on this machine.
+        disable_dynamic: ComfyUI asks so for a patcher that does not stream weights on demand.
+
+    Raises:
+        ValueError: the file is damaged, no motion predictor, of another version of the format, or has missing,
+            unexpected or misshapen keys.
+    """
+    config = read_config(path)
+    state = read_file(path)
+    check_tensors(path, state)
+    load_device = comfy.model_management.text_encoder_device()
+    dtype = dtype or comfy.model_management.text_encoder_dtype(load_device)
+    network = load_network(build_network(config, str(path)), state, dtype, comfy.ops.manual_cast, {}, str(path))
+    comfy.model_management.archive_model_dtypes(network)
+    patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_class(network, load_device, comfy.model_management.text_encoder_offload_device())
+    patcher.cached_patcher_init = (load_motion_predictor_patcher, (path, dtype))
+    return MotionPredictorModel(patcher)
+
+
+def load_motion_predictor_patcher(path: Path, dtype: torch.dtype | None = None, disable_dynamic: bool = False):
+    """Load the network again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
+    return load_motion_predictor(path, dtype, disable_dynamic).patcher
+
+
+def build_network(config: dict, source: str) -> MotionPredictor:
+    """The network of a configuration, without weights (on the meta device).
+
+    Args:
+        source: what to call the configuration in an error.
+
+    Raises:
+        ValueError: it does not describe a network.
+    """
+    return build_on_meta(MotionPredictor, config, source)
+
+
+def read_config(path: Path) -> dict:
+    """The configuration in a file's metadata.
+
+    Raises:
+        ValueError: the file is damaged, no motion predictor, or of another version of the format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = (file.metadata() or {}).get(FORMAT)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file: {error}. Compare its size with "
+            "that of the file it was copied from, or choose a file that this pack's trainer wrote."
+        ) from error
+    if described is None:
+        raise ValueError(f"{path} is no motion predictor. Choose a file that this pack's trainer wrote.")
+    try:
+        content = dict(json.loads(described))
+        version, config = content["version"], content.get("config")
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(_unreadable(path, f"its description is {described[:80]!r}")) from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version} of the format, expected {VERSION}. Update this pack, or train the motion "
+            "predictor with this version."
+        )
+    if not isinstance(config, dict):
+        raise ValueError(_unreadable(path, f"its config is {config!r}, expected settings"))
+    return config
+
+
+def _unreadable(path: Path, problem: str) -> str:
+    return f"{path} is not a motion predictor that this version can read: {problem}. Train it again, or choose another."
