@@ -13,8 +13,8 @@ MOTIONS = ("none", "pan_left", "pan_right", "zoom_in", "zoom_out")
 
 def first_frames(images: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """The pictures, scaled until both sides cover the clip and cut around their centre: (B, height, width, 3)."""
-    pictures = _cover(_channels_first(images), width, height)
-    return _channels_last(_center(pictures, width, height))
+    pictures = cover(channels_first(images), width, height)
+    return channels_last(_center(pictures, width, height))
 
 
 def moving_crops(images: torch.Tensor, motion: str, frames: int, width: int, height: int) -> torch.Tensor:
@@ -34,12 +34,12 @@ def moving_crops(images: torch.Tensor, motion: str, frames: int, width: int, hei
     if motion == "none":
         return first_frames(images, width, height).unsqueeze(1).expand(-1, frames, -1, -1, -1)
     crops = _pan if motion.startswith("pan") else _zoom
-    clip = crops(_channels_first(images), motion, frames, width, height)
-    return torch.stack([_channels_last(frame) for frame in clip], dim=1)
+    clip = crops(channels_first(images), motion, frames, width, height)
+    return torch.stack([channels_last(frame) for frame in clip], dim=1)
 
 
 def _pan(pictures: torch.Tensor, motion: str, frames: int, width: int, height: int) -> list[torch.Tensor]:
-    pictures = _cover(pictures, width, height)
+    pictures = cover(pictures, width, height)
     room = pictures.shape[-1] - width
     if room < 1:
         raise ValueError(
@@ -54,7 +54,7 @@ def _pan(pictures: torch.Tensor, motion: str, frames: int, width: int, height: i
 
 def _zoom(pictures: torch.Tensor, motion: str, frames: int, width: int, height: int) -> list[torch.Tensor]:
     """Centred crops with the clip's shape, between the whole picture and 1 / ZOOM of it, at twice the clip's size."""
-    pictures = _center(_cover(pictures, 2 * width, 2 * height), 2 * width, 2 * height)
+    pictures = _center(cover(pictures, 2 * width, 2 * height), 2 * width, 2 * height)
     largest, smallest = 2 * height, int(2 * height // ZOOM)
     clip = []
     for index in range(frames):
@@ -67,8 +67,8 @@ def _zoom(pictures: torch.Tensor, motion: str, frames: int, width: int, height: 
     return clip
 
 
-def _cover(pictures: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Scale so that the picture covers width x height and one side fits."""
+def cover(pictures: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """Pictures (B, 3, H, W), scaled until both sides cover width x height and one of them fits it."""
     scale = max(width / pictures.shape[-1], height / pictures.shape[-2])
     sides = (int(pictures.shape[-1] * scale + 1e-6), int(pictures.shape[-2] * scale + 1e-6))
     return _resize(pictures, max(sides[0], width), max(sides[1], height))
@@ -85,9 +85,11 @@ def _center(pictures: torch.Tensor, width: int, height: int) -> torch.Tensor:
     return pictures[..., top : top + height, left : left + width]
 
 
-def _channels_first(images: torch.Tensor) -> torch.Tensor:
+def channels_first(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3 or more) -> (B, 3, H, W)."""
     return images[..., :3].movedim(-1, 1)
 
 
-def _channels_last(pictures: torch.Tensor) -> torch.Tensor:
+def channels_last(pictures: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, H, W, 3)."""
     return pictures.movedim(1, -1)

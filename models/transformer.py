@@ -46,7 +46,9 @@ class ChunkedFeedForward(FeedForward):
         wide, narrow = self.net[0].proj, self.net[2]
         # adapters that bypass the weights put their own forward on a layer
         bypassed = "forward" in vars(wide) or "forward" in vars(narrow)
-        if bypassed or (rows.shape[0] <= limit and not on_cpu):
+        # training: autograd cannot follow what is written in place, and the layers may be torch's own
+        trained = torch.is_grad_enabled() or not isinstance(wide, comfy.ops.CastWeightBiasOp)
+        if bypassed or trained or (rows.shape[0] <= limit and not on_cpu):
             return super().forward(hidden)
         wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)
         narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)

@@ -18,6 +18,7 @@ from comfy_process import REPOSITORY
 MAY_IMPORT = {
     "": {"nodes"},
     "nodes": {"nodes", "loaders", "patches", "samplers", "faces", "story", "models"},
+    "training": {"training", "loaders", "samplers", "models"},
     "loaders": {"loaders", "patches", "samplers", "faces", "models"},
     "story": {"story", "patches", "samplers", "faces", "models"},
     "patches": {"patches", "samplers", "models"},
@@ -27,13 +28,14 @@ MAY_IMPORT = {
 }
 SOURCES = sorted(
     [
-        REPOSITORY / "__init__.py",
+        *REPOSITORY.glob("*.py"),
         *(path for folder in MAY_IMPORT if folder for path in (REPOSITORY / folder).rglob("*.py")),
     ]
 )
 # Beside the declared dependencies: ComfyUI, and what ComfyUI itself cannot start without.
 HOST_PACKAGES = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers", "torch", "numpy", "PIL"}
-OWN_PACKAGES = {"consistent_video", *MAY_IMPORT, "tests", "scripts", "benchmarks"} - {""}
+OWN_PACKAGES = {"consistent_video", "consistent_video_train", *MAY_IMPORT, "tests", "scripts", "benchmarks"} - {""}
+IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
 FORBIDDEN_IMPORTS = {
     "aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "marshal", "requests", "runpy",
     "shelve", "smtplib", "socket", "subprocess", "urllib", "webbrowser",
@@ -55,6 +57,12 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.rel
 def configuration():
     """pyproject.toml as ComfyUI reads it."""
     return config_parser.extract_node_configuration(str(REPOSITORY))
+
+
+@pytest.fixture(scope="module")
+def settings():
+    """What pyproject.toml has beside what ComfyUI takes from it."""
+    return config_parser.load_pyproject_settings(REPOSITORY / "pyproject.toml")
 
 
 def tree(path: Path) -> ast.Module:
@@ -93,6 +101,11 @@ def calls(module: ast.Module) -> set[str]:
 
 def distribution(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()
+
+
+def import_names(requirements: list[str]) -> set[str]:
+    """What the distributions of some requirements are imported as."""
+    return {IMPORT_NAMES.get(name, name) for name in map(distribution, requirements)}
 
 
 def ruff(*arguments: str) -> None:
@@ -159,8 +172,10 @@ def test_imports_are_relative_and_point_one_way(path):
 
 
 @each_source
-def test_imports_are_declared(path, configuration):
-    declared = {distribution(requirement) for requirement in configuration.project.dependencies}
+def test_imports_are_declared(path, settings):
+    declared = import_names(settings.project["dependencies"])
+    if folder(path) == "training":
+        declared |= import_names(settings.project["optional-dependencies"]["train"])
     assert absolute_imports(tree(path)) <= HOST_PACKAGES | declared | sys.stdlib_module_names
 
 

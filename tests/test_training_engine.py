@@ -1,0 +1,179 @@
+"""The loop of training: steps, accumulation, averages, checkpoints that continue to the bit, and how a run ends."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import NumberedClips, consisti2v_settings, inference, losses, metrics, run_of  # noqa: F401
+
+from comfy_process import REPOSITORY
+from consistent_video.training import checkpoints, engine
+from consistent_video.training.consisti2v import ConsistI2VTask
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A tiny ConsistI2V folder."""
+    import tiny_checkpoints
+
+    return tiny_checkpoints.write_consisti2v(tmp_path_factory.mktemp("base") / "ConsistI2V")
+
+
+def train(settings, dataset=None) -> engine.Run:
+    run = run_of(ConsistI2VTask(settings), dataset)
+    run.train()
+    return run
+
+
+def weights(settings, step: int) -> dict[str, torch.Tensor]:
+    return load_file(settings.output / "checkpoints" / checkpoints.folder_name(step) / WEIGHTS)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": True, "ema_decay": 0.9, "schedule": "cosine", "warmup_steps": 3}])
+def test_ten_steps_are_five_and_five_more(tmp_path, pretrained, changes):
+    whole = consisti2v_settings(tmp_path / "whole", pretrained, **changes)
+    halves = consisti2v_settings(tmp_path / "halves", pretrained, **changes)
+    train(whole)
+
+    class Interrupted(NumberedClips):
+        """Asks the run to stop while it makes the fifth clip."""
+
+        def __getitem__(self, number):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(number)
+
+    first = train(halves, Interrupted())
+    assert first.step == 5
+    second = run_of(ConsistI2VTask(halves))
+    assert (second.step, second.samples) == (5, 5)
+    second.train()
+    assert losses(halves) == losses(whole)
+    expected, found = weights(whole, 10), weights(halves, 10)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    start = load_file(pretrained / WEIGHTS)
+    assert any(not torch.equal(expected[key], start[key]) for key in start)
+
+
+def test_a_batch_is_as_good_as_accumulated_halves(tmp_path, pretrained):
+    at_once = consisti2v_settings(tmp_path / "a", pretrained, batch_size=4, steps=3)
+    in_turn = consisti2v_settings(tmp_path / "b", pretrained, batch_size=2, accumulation=2, steps=3)
+    train(at_once)
+    train(in_turn)
+    assert losses(in_turn) == pytest.approx(losses(at_once), rel=1e-4)
+    assert len(set(losses(at_once))) == 3
+
+
+def test_the_average_is_saved_and_training_goes_on_from_the_weights(tmp_path, pretrained):
+    changes = {"steps": 2, "save_every": 1, "trainable_modules": ["conv_out"]}
+    plain = consisti2v_settings(tmp_path / "plain", pretrained, **changes)
+    averaged = consisti2v_settings(tmp_path / "averaged", pretrained, ema=True, ema_decay=0.9, **changes)
+    train(plain)
+    train(averaged)
+    first, second = (weights(plain, step)["conv_out.weight"] for step in (1, 2))
+    # diffusers' EMAModel takes the first weights as they are, and keeps (1 + n) / (10 + n) of them n updates later
+    torch.testing.assert_close(weights(averaged, 1)["conv_out.weight"], first)
+    torch.testing.assert_close(weights(averaged, 2)["conv_out.weight"], 2 / 11 * first + 9 / 11 * second)
+    resumed = run_of(ConsistI2VTask(averaged))
+    assert torch.equal(resumed.network.state_dict()["conv_out.weight"], second)
+
+
+def test_gradients_are_clipped_and_the_rate_warms_up(tmp_path, pretrained):
+    settings = consisti2v_settings(
+        tmp_path, pretrained, schedule="constant_with_warmup", warmup_steps=4, steps=6, max_grad_norm=1e-12, epsilon=1.0
+    )
+    train(settings)
+    assert [row["learning_rate"] for row in metrics(settings)] == pytest.approx(
+        [1e-3 * share for share in (0, 0.25, 0.5, 0.75, 1, 1)]
+    )
+    assert all(row["gradient_norm"] > 1e-3 for row in metrics(settings))
+    before, after = load_file(pretrained / WEIGHTS), weights(settings, 6)
+    # what is left is weight decay, 0.01 of the rate; shares are kept in their range
+    before = {key: tensor.clamp(0, 1) if key.endswith(".alpha") else tensor for key, tensor in before.items()}
+    assert all(torch.allclose(after[key], before[key], rtol=1e-4, atol=1e-6) for key in before)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, pretrained):
+    settings = consisti2v_settings(tmp_path, pretrained, save_every=1, steps=4, keep=2)
+    train(settings)
+    found = checkpoints.complete(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [path.name for path in found]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, pretrained):
+    class Broken(NumberedClips):
+        def __getitem__(self, number):
+            sample = super().__getitem__(number)
+            if number == 6:
+                sample.frames.fill_(float("nan"))
+            return sample
+
+    settings = consisti2v_settings(tmp_path, pretrained)
+    with pytest.raises(ValueError, match="The loss of step 7 is nan. Lower learning_rate"):
+        train(settings, Broken())
+    assert [path.name for path in checkpoints.complete(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_another_trainers_checkpoints_are_left_alone(tmp_path, pretrained):
+    settings = consisti2v_settings(tmp_path, pretrained, steps=1)
+    train(settings)
+    with pytest.raises(ValueError, match="was written by the trainer consisti2v, this run is of motion_predictor"):
+        run_of(ConsistI2VTask(settings), trainer="motion_predictor")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path, pretrained):
+    settings = consisti2v_settings(tmp_path, pretrained, steps=1)
+    train(settings)
+    saved = (tmp_path / "checkpoints" / "step-00000001" / WEIGHTS).stat()
+    train(settings)
+    assert (tmp_path / "checkpoints" / "step-00000001" / WEIGHTS).stat() == saved
+    assert len(losses(settings)) == 1
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {scripts!r}]
+from comfy_process import enter
+enter()
+from pathlib import Path
+from training_runs import consisti2v_settings, run_of
+from consistent_video.training.consisti2v import ConsistI2VTask
+
+class KilledWhileSaving(ConsistI2VTask):
+    def save(self, folder, weights):
+        super().save(folder, weights)
+        if folder.name.startswith("step-00000004"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+settings = consisti2v_settings(Path(sys.argv[1]), Path(sys.argv[2]), save_every=2)
+run_of(KilledWhileSaving(settings)).train()
+"""
+
+
+def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path, pretrained):
+    script = KILLED.format(tests=str(REPOSITORY / "tests"), scripts=str(REPOSITORY / "scripts"))
+    folder = tmp_path / "run"
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder, pretrained], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == ["step-00000002", "step-00000004.unfinished"]
+    settings = consisti2v_settings(folder, pretrained, save_every=2)
+    run = run_of(ConsistI2VTask(settings))
+    assert run.step == 2
+    run.train()
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008", "step-00000010"]
+    untroubled = consisti2v_settings(tmp_path / "untroubled", pretrained, save_every=10)
+    train(untroubled)
+    expected, found = weights(untroubled, 10), weights(settings, 10)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)

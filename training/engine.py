@@ -1,0 +1,189 @@
+"""The loop of a run, over accelerate: one process or many, on one machine or many (DDP, FSDP)."""
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import Dataset
+
+from . import checkpoints
+from .clips import Sample, SampleNumbers, SkippedClips, loader
+from .progress import Report, StopSignal
+from .settings import RunSettings
+from .task import Task, Validation
+
+# The other processes wait for as long while one of them draws validation clips or writes a checkpoint.
+PATIENCE = timedelta(hours=6)
+
+
+def start(settings: RunSettings) -> Accelerator:
+    """Join the other processes of the run.
+
+    Raises:
+        ImportError: the tracker's package is not installed.
+    """
+    precision = "no" if settings.mixed_precision == "fp32" else settings.mixed_precision
+    return Accelerator(
+        gradient_accumulation_steps=settings.accumulation,
+        mixed_precision=precision,
+        log_with=None if settings.tracker == "none" else settings.tracker,
+        project_config=ProjectConfiguration(
+            project_dir=str(settings.output), logging_dir=str(settings.output / "logs")
+        ),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+class Run:
+    """A task under way.
+
+    Args:
+        task: what is trained.
+        dataset: gives the `Sample` of a number.
+        accelerator: of `start`.
+        trainer: name of the trainer, kept with the checkpoints.
+
+    Raises:
+        ValueError: the checkpoint to continue from is of another trainer or damaged.
+    """
+
+    def __init__(self, task: Task, dataset: Dataset, accelerator: Accelerator, trainer: str):
+        self.task, self.dataset, self.accelerator, self.trainer = task, dataset, accelerator, trainer
+        self.settings = settings = task.settings
+        self.folder = settings.output / "checkpoints"
+        trained = [parameter for parameter in task.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+        )
+        scheduler = get_scheduler(
+            settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
+        )
+        self.network, self.optimizer, self.scheduler = accelerator.prepare(task.network, optimizer, scheduler)
+        self.ema = None
+        if settings.ema:
+            self.ema = EMAModel(self.network.parameters(), decay=settings.ema_decay)
+            accelerator.register_for_checkpointing(self.ema)
+        self.step = self.samples = 0
+        self._resume()
+
+    def train(self) -> None:
+        """Train until `settings.steps`, or until the run is told to stop; both end with a checkpoint.
+
+        Raises:
+            ValueError: the loss is no number any more.
+        """
+        settings, accelerator = self.settings, self.accelerator
+        self.task.network.train()
+        skipped = SkippedClips(settings.output / "skipped_clips.txt")
+        with StopSignal() as stop, Report(accelerator, settings, self.step) as report:
+            samples = self._samples()
+            while self.step < settings.steps and not stop.asked:
+                loss, norm, rate = self._step(samples, skipped)
+                loss, stop.asked = self._agree(loss, stop.asked)
+                report.step(self.step, loss=loss, gradient_norm=norm, learning_rate=rate, skipped=skipped.count)
+                if not torch.tensor(loss).isfinite():
+                    raise ValueError(
+                        f"The loss of step {self.step} is {loss}. Lower learning_rate, or use mixed_precision bf16 or "
+                        "fp32. Started again, the run goes on from its last checkpoint."
+                    )
+                finished = stop.asked or self.step == settings.steps
+                if finished or self.step % settings.save_every == 0:
+                    self._save()
+                if settings.validate_every and self.step % settings.validate_every == 0:
+                    report.validated(self.step, self._validate())
+        logging.info("Stopped after step %d; %d clips could not be used.", self.step, skipped.count)
+
+    def _samples(self) -> Iterator[list[Sample]]:
+        """The batches of this process, from where the run is."""
+        settings, processes = self.settings, self.accelerator.num_processes
+        count = (settings.steps - self.step) * settings.accumulation
+        numbers = SampleNumbers(settings.batch_size, processes, self.accelerator.process_index, self.samples, count)
+        return iter(loader(self.dataset, numbers, settings.data.workers))
+
+    def _step(self, samples: Iterator[list[Sample]], skipped: SkippedClips) -> tuple[torch.Tensor, float, float]:
+        """Change the weights once; returns the mean loss of this process, the gradient's length, the learning rate."""
+        accelerator, settings = self.accelerator, self.settings
+        total = torch.zeros((), device=accelerator.device)
+        for _ in range(settings.accumulation):
+            batch = next(samples)
+            for sample in batch:
+                skipped.add(sample.skipped)
+            with accelerator.accumulate(self.network):
+                loss = self.task.loss(self.network, batch)
+                total += loss.detach() / settings.accumulation
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rate = self.scheduler.get_last_lr()[0]
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+            self.task.after_step(self.network)
+            if self.ema is not None:
+                self.ema.step(self.network.parameters())
+        self.step += 1
+        self.samples += settings.accumulation * settings.batch_size * accelerator.num_processes
+        return total, float(norm), rate
+
+    def _agree(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
+        """The mean loss of all processes, and whether one of them was told to stop."""
+        values = torch.stack((loss.float(), loss.new_tensor(float(stop)).float()))
+        mean, stopping = self.accelerator.reduce(values, "mean").tolist()
+        return mean, stopping > 0
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """All weights of the network, or their moving average, in memory of the CPU; complete on the main process."""
+        if self.ema is not None:
+            self.ema.store(self.network.parameters())
+            self.ema.copy_to(self.network.parameters())
+        weights = self.accelerator.get_state_dict(self.network)
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+        if self.ema is not None:
+            self.ema.restore(self.network.parameters())
+        return weights
+
+    def _save(self) -> None:
+        """Write a checkpoint: what the graph loads, and what continuing needs."""
+        weights, main = self._weights(), self.accelerator.is_main_process
+        if main:
+            checkpoints.begin(self.folder, self.step)
+        self.accelerator.wait_for_everyone()
+        unfinished = checkpoints.unfinished(self.folder, self.step)
+        self.accelerator.save_state(str(unfinished / checkpoints.STATE))
+        self.accelerator.wait_for_everyone()
+        if main:
+            self.task.save(unfinished, weights)
+            progress = checkpoints.Progress(self.step, self.samples, self.trainer)
+            checkpoints.finish(unfinished, progress, self.settings.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        """Continue from the newest complete checkpoint, if there is one."""
+        found = checkpoints.complete(self.folder)
+        if not found:
+            return
+        progress = checkpoints.read_progress(found[-1], self.trainer)
+        self.accelerator.load_state(str(found[-1] / checkpoints.STATE))
+        self.step, self.samples = progress.step, progress.samples
+        logging.info("Continuing from %s.", found[-1])
+
+    def _validate(self) -> Validation | None:
+        """Validate on the main process, with the weights that a checkpoint would hold."""
+        weights, result = self._weights(), None
+        if self.accelerator.is_main_process:
+            folder = self.settings.output / "validation" / checkpoints.folder_name(self.step)
+            folder.mkdir(parents=True, exist_ok=True)
+            result = self.task.validate(weights, folder)
+        self.accelerator.wait_for_everyone()
+        return result
