@@ -23,6 +23,7 @@ LOCALES = {
 }
 HELP = REPOSITORY / "web" / "docs"
 CHINESE = re.compile("[\u4e00-\u9fff]")
+PAGES = ("Training",)  # of no node
 LINK = re.compile(r"\]\(<?([^)>#]+)>?(?:#[^)]*)?\)")
 
 # The editor compiles locale texts as messages, in which these are syntax.
@@ -123,13 +124,17 @@ def test_help_page_states_the_limits_of_the_schema(node_id, language):
 
 def test_no_help_page_is_stale():
     pages = {path.relative_to(HELP).as_posix() for path in HELP.rglob("*") if path.is_file()}
-    assert pages == {name for node_id in SCHEMAS for name in (f"{node_id}.md", f"{node_id}/zh.md")}
+    assert pages == {name for topic in (*SCHEMAS, *PAGES) for name in (f"{topic}.md", f"{topic}/zh.md")}
 
 
-@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "THIRD_PARTY.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "SECURITY.md", "THIRD_PARTY.md", "CHANGELOG.md", "web/docs/Training.md", "web/docs/Training/zh.md"],
+)
 def test_links_between_files_resolve(name):
-    links = LINK.findall((REPOSITORY / name).read_text(encoding="utf-8"))
-    broken = [link for link in links if "://" not in link and not (REPOSITORY / unquote(link)).exists()]
+    path = REPOSITORY / name
+    links = LINK.findall(path.read_text(encoding="utf-8"))
+    broken = [link for link in links if "://" not in link and not (path.parent / unquote(link)).exists()]
     assert broken == []
 
 
