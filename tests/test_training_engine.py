@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import NumberedClips, consisti2v_settings, inference, losses, metrics, run_of  # noqa: F401
+from training_runs import NumberedClips, consisti2v_settings, data_settings, inference, losses, metrics, run_of  # noqa: F401
 
 from comfy_process import REPOSITORY
 from consistent_video.training import checkpoints, engine
@@ -100,12 +100,40 @@ def test_gradients_are_clipped_and_the_rate_warms_up(tmp_path, pretrained):
     assert all(torch.allclose(after[key], before[key], rtol=1e-4, atol=1e-6) for key in before)
 
 
+def test_16_bits_learn_nearly_what_32_learn(tmp_path, pretrained):
+    runs = []
+    for precision in ("fp32", "bf16"):
+        # PyTorch's gradient of a convolution over a single pixel is not always a number in bf16 on a CPU
+        changes = {"mixed_precision": precision, "data": data_settings(width=64, height=64)}
+        settings = consisti2v_settings(tmp_path / precision, pretrained, steps=3, **changes)
+        train(settings, NumberedClips(side=64))
+        runs.append(settings)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=0.03)
+    assert losses(runs[1]) != losses(runs[0])
+    # the weights themselves are kept in 32 bits
+    start, after = load_file(pretrained / WEIGHTS), weights(runs[1], 3)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    changed = torch.cat([(after[key] - start[key]).abs().flatten() for key in start])
+    # three steps of Adam, each of the learning rate at most
+    assert 0 < changed.median() < 3.1e-3
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    settings = consisti2v_settings(tmp_path, pretrained, tracker="wandb")
+    with pytest.raises(ImportError, match="The tracker wandb is not installed. Install it"):
+        engine.start(settings)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path, pretrained):
     settings = consisti2v_settings(tmp_path, pretrained, save_every=1, steps=4, keep=2)
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000001", "step-00000003.unfinished", "step-by-step notes"):
+        (folder / name).mkdir(parents=True)
     train(settings)
-    found = checkpoints.complete(tmp_path / "checkpoints")
-    assert [path.name for path in found] == ["step-00000003", "step-00000004"]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [path.name for path in found]
+    assert [path.name for path in checkpoints.complete(folder)] == ["step-00000003", "step-00000004"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["step-00000003", "step-00000004", "step-by-step notes"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, pretrained):

@@ -14,8 +14,9 @@ from training_runs import FRAMES, SIDE, consisti2v_settings, inference, losses, 
 
 import tiny_checkpoints
 from comfy_process import REPOSITORY, comfyui_folder
+from consistent_video.loaders.motion_predictor import load_motion_predictor
 from consistent_video.training.checkpoints import STATE, folder_name
-from consistent_video.training.consisti2v import SHARDED
+from consistent_video.training.settings import MotionPredictorSettings
 
 STEPS = 4
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -41,8 +42,8 @@ def data(tmp_path_factory):
     return {"sources": [source], "frames": FRAMES, "width": SIDE, "height": SIDE, "strides": [1, 3], "workers": 1}
 
 
-def launch(processes: int, settings) -> None:
-    """Run the trainer with the command of the documentation."""
+def launch(processes: int, trainer: str, settings) -> None:
+    """Run a trainer with the command of the documentation."""
     settings.output.mkdir(parents=True, exist_ok=True)
     file = settings.output / "run.yaml"
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
@@ -50,7 +51,7 @@ def launch(processes: int, settings) -> None:
     # --multi_gpu starts several processes, and excludes --cpu; the variable is what --cpu sets
     command += ["--multi_gpu", "--rdzv_backend", "c10d"] if processes > 1 else []
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "consistent_video_train", "consisti2v", str(file), f"batch_size={4 // processes}"]
+    command += ["-m", "consistent_video_train", trainer, str(file), f"batch_size={4 // processes}"]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui_folder()), "OMP_NUM_THREADS": "1"}
     environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
@@ -66,7 +67,7 @@ def one_and_two(tmp_path_factory, pretrained, data):
         settings = consisti2v_settings(
             output, pretrained, data=data, steps=STEPS, save_every=STEPS, tracker="tensorboard", ema=True
         )
-        launch(processes, settings)
+        launch(processes, "consisti2v", settings)
         runs.append(settings)
     return runs
 
@@ -107,6 +108,29 @@ def test_curves_are_kept_for_tensorboard(one_and_two):
     for run in one_and_two:
         events = EventAccumulator(str(run.output / "logs" / "consistent_video")).Reload()
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
+
+
+def test_the_motion_predictor_is_trained_by_the_command_too(tmp_path, models_folder, data):
+    settings = MotionPredictorSettings(
+        output=tmp_path / "run",
+        i2vgenxl=models_folder / "diffusers" / tiny_checkpoints.I2VGENXL_NAME,
+        data=data,
+        held_out=data["sources"],
+        held_out_clips=2,
+        predictor={"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "image_tokens": 2},
+        steps=2,
+        validate_every=2,
+        video_loss=0.5,
+        mixed_precision="fp32",
+        tracker="none",
+    )
+    launch(1, "motion_predictor", settings)
+    assert [round(value, 6) > 0 for value in losses(settings)] == [True, True]
+    measured = metrics(settings)[-1]
+    ratio = measured["validation/error"] / measured["validation/linear_error"]
+    assert measured["validation/ratio"] == pytest.approx(ratio, rel=1e-6)
+    file = settings.output / "checkpoints" / folder_name(2) / "motion_predictor.safetensors"
+    assert load_motion_predictor(file).config["hidden_size"] == 32
 
 
 SHARDED_RUN = """
@@ -167,4 +191,3 @@ def test_sharded_layers_give_the_same_loss_and_gradients(tmp_path, pretrained):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("agrees") == 2
-    assert SHARDED

@@ -10,7 +10,7 @@ from pathlib import Path
 STATE = "training_state"
 PROGRESS = "progress.json"
 UNFINISHED = ".unfinished"
-NAME = re.compile(r"step-(\d{8})")
+NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def begin(folder: Path, step: int) -> None:
     """Make the folder that a checkpoint is written into; what a killed run left half written or deleted goes."""
     folder.mkdir(parents=True, exist_ok=True)
     finished = complete(folder)
-    for left in folder.glob("step-*"):
-        if left not in finished:
+    for left in folder.iterdir():
+        if NAME.fullmatch(left.name.removesuffix(UNFINISHED)) and left not in finished:
             shutil.rmtree(left)
     unfinished(folder, step).mkdir()
 

@@ -27,7 +27,7 @@ IMAGE_FIELDS = ("sample_size", "block_out_channels", "layers_per_block", "cross_
 # What ConsistI2V adds to Stable Diffusion's layers.
 ADDED = re.compile(r"(^|\.)(conv3ds|tempo_attns)\.|^frame_stride_embedding\.")
 
-# What is the same in every checkpoint of a run.
+# What is the same in every checkpoint of a run. (Without a tokenizer's folder ComfyUI's own is used.)
 FROZEN = ("vae", "text_encoder", "tokenizer")
 STEM = "diffusion_pytorch_model"
 
@@ -68,7 +68,8 @@ class BaseFolder:
         _write(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         _write(folder / "model_index.json", {"_class_name": "ConditionalAnimationPipeline"})
         for name in FROZEN:
-            link_or_copy(self.folder / name, folder / name)
+            if (self.folder / name).is_dir():
+                link_or_copy(self.folder / name, folder / name)
 
     def assemble(self, weights: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
         """Weights of the network as the MODEL that Load ConsistI2V makes of them."""

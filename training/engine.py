@@ -1,5 +1,6 @@
 """The loop of a run, over accelerate: one process or many, on one machine or many (DDP, FSDP)."""
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,14 +28,18 @@ def start(settings: RunSettings) -> Accelerator:
     Raises:
         ImportError: the tracker's package is not installed.
     """
-    precision = "no" if settings.mixed_precision == "fp32" else settings.mixed_precision
+    if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
+        raise ImportError(
+            f"The tracker {settings.tracker} is not installed. Install it (python -m pip install {settings.tracker}), "
+            "or set tracker to none."
+        )
+    settings.output.mkdir(parents=True, exist_ok=True)
+    folders = ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output / "logs"))
     return Accelerator(
         gradient_accumulation_steps=settings.accumulation,
-        mixed_precision=precision,
+        mixed_precision="no" if settings.mixed_precision == "fp32" else settings.mixed_precision,
         log_with=None if settings.tracker == "none" else settings.tracker,
-        project_config=ProjectConfiguration(
-            project_dir=str(settings.output), logging_dir=str(settings.output / "logs")
-        ),
+        project_config=folders,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
