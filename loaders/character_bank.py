@@ -1,24 +1,28 @@
 """Character banks on disk: safetensors with the run they were made in."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.utils
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..patches.character_bank import CharacterBank, Evaluation, Origin, Slot
 from ..patches.token_sharing import Layer, Sharing
+from .described_file import DescribedFile
 from .listed_files import ListedFiles
 from .weights import read_file
 
 FOLDER = "character_banks"
 FILES = ListedFiles(FOLDER, "Character bank", "Save one with Save Character Bank, or put the file into {folders}")
-FORMAT = "consistent_video.character_bank"
-VERSION = 1
+FORMAT = DescribedFile(
+    "consistent_video.character_bank",
+    1,
+    "character bank",
+    "Save Character Bank",
+    "draw the reference panels again and save their bank",
+)
 
 
 def register_folder() -> None:
@@ -42,13 +46,8 @@ def save_bank(bank: CharacterBank, path: Path) -> None:
         for name, tokens in bank.characters.items()
         for slot, tensor in tokens.items()
     }
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "characters": names,
-        "origin": dataclasses.asdict(bank.origin),
-    }
-    comfy.utils.save_torch_file(state, str(path), metadata={FORMAT: json.dumps(metadata)})
+    metadata = FORMAT.metadata(characters=names, origin=dataclasses.asdict(bank.origin))
+    comfy.utils.save_torch_file(state, str(path), metadata=metadata)
 
 
 def load_bank(path: Path) -> CharacterBank:
@@ -57,7 +56,7 @@ def load_bank(path: Path) -> CharacterBank:
     Raises:
         ValueError: the file is damaged, is no character bank, or has another version of the format.
     """
-    metadata = _read_description(path)
+    metadata = FORMAT.read(path)
     try:
         names = [str(name) for name in metadata["characters"]]
         origin = _read_origin(metadata["origin"])
@@ -66,46 +65,11 @@ def load_bank(path: Path) -> CharacterBank:
             number, _, slot = key.partition("/")
             characters[dict(enumerate(names))[int(number)]][_read_slot(slot)] = _matrix(tensor)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(FORMAT.unreadable(path, error)) from error
     empty = [name for name, tokens in characters.items() if not tokens]
     if empty or not characters:
         raise ValueError(f"{path} holds nothing of {', '.join(empty) or 'anyone'}. Save the bank again.")
     return CharacterBank(origin, characters)
-
-
-def _read_description(path: Path) -> dict:
-    """What a bank's file says about itself.
-
-    Raises:
-        ValueError: see `load_bank`.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get(FORMAT)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file: {error}. Choose a file that "
-            "Save Character Bank wrote, or save the bank again."
-        ) from error
-    if described is None:
-        raise ValueError(f"{path} is no character bank. Choose a file that Save Character Bank wrote.")
-    try:
-        metadata = dict(json.loads(described))
-    except (TypeError, ValueError) as error:
-        raise ValueError(_unreadable(path, error)) from error
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {metadata.get('version')} of the format, expected {VERSION}. Update this pack, or "
-            "draw the reference panels again and save their bank."
-        )
-    return metadata
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    return (
-        f"{path} is not a character bank that this version can read ({error}). Choose a file that Save Character Bank "
-        "wrote."
-    )
 
 
 def _slot_key(slot: Slot) -> str:

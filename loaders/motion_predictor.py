@@ -1,9 +1,8 @@
 """Motion predictor files: safetensors with the sizes of the network in their metadata.
 
-The metadata key `FORMAT` holds JSON: {"version": 1, "config": {constructor arguments of `MotionPredictor`}}.
+Their description is {"version": 1, "config": {constructor arguments of `MotionPredictor`}}.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,17 +12,22 @@ import comfy.ops
 import comfy.utils
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..models.motion_predictor import MotionPredictor, MotionPredictorModel
+from .described_file import DescribedFile
 from .listed_files import ListedFiles
 from .network import build_on_meta, compare, load_network
 from .weights import check_tensors, read_file
 
 FOLDER = "motion_predictors"
 FILES = ListedFiles(FOLDER, "Motion predictor", "Train one with this pack's trainer, and put the file into {folders}")
-FORMAT = "consistent_video.motion_predictor"
-VERSION = 1
+FORMAT = DescribedFile(
+    "consistent_video.motion_predictor",
+    1,
+    "motion predictor",
+    "this pack's trainer",
+    "train one again",
+)
 
 
 def register_folder() -> None:
@@ -48,8 +52,7 @@ def save_motion_predictor(network_state: Mapping[str, torch.Tensor], config: dic
     if difference:
         raise ValueError(f"The tensors to save in {path} do not fit their configuration: {difference.summary()}.")
     state = {key: tensor.detach().contiguous() for key, tensor in network_state.items()}
-    description = json.dumps({"version": VERSION, "config": network.config})
-    comfy.utils.save_torch_file(state, str(path), metadata={FORMAT: description})
+    comfy.utils.save_torch_file(state, str(path), metadata=FORMAT.metadata(config=network.config))
 
 
 def load_motion_predictor(
@@ -102,30 +105,7 @@ def read_config(path: Path) -> dict:
     Raises:
         ValueError: the file is damaged, no motion predictor, or of another version of the format.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            described = (file.metadata() or {}).get(FORMAT)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged or no safetensors file: {error}. Compare its size with "
-            "that of the file it was copied from, or choose a file that this pack's trainer wrote."
-        ) from error
-    if described is None:
-        raise ValueError(f"{path} is no motion predictor. Choose a file that this pack's trainer wrote.")
-    try:
-        content = dict(json.loads(described))
-        version, config = content["version"], content.get("config")
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(_unreadable(path, f"its description is {described[:80]!r}")) from error
-    if version != VERSION:
-        raise ValueError(
-            f"{path} has version {version} of the format, expected {VERSION}. Update this pack, or train the motion "
-            "predictor with this version."
-        )
+    config = FORMAT.read(path).get("config")
     if not isinstance(config, dict):
-        raise ValueError(_unreadable(path, f"its config is {config!r}, expected settings"))
+        raise ValueError(FORMAT.unreadable(path, f"its config is {config!r}, expected settings"))
     return config
-
-
-def _unreadable(path: Path, problem: str) -> str:
-    return f"{path} is not a motion predictor that this version can read: {problem}. Train it again, or choose another."

@@ -142,9 +142,9 @@ def rewrite(path, change_state=None, **changes) -> None:
     """Change a bank's file: tensors by a function, or entries of its description; None removes one."""
     with safe_open(path, framework="pt") as opened:
         state = {key: opened.get_tensor(key).clone() for key in opened.keys()}
-        described = json.loads(opened.metadata()[FORMAT])
+        described = json.loads(opened.metadata()[FORMAT.key])
     described = {key: value for key, value in {**described, **changes}.items() if value is not None}
-    save_file(change_state(state) if change_state else state, path, metadata={FORMAT: json.dumps(described)})
+    save_file(change_state(state) if change_state else state, path, metadata={FORMAT.key: json.dumps(described)})
 
 
 def test_rewriting_alone_changes_nothing(file):
@@ -186,7 +186,7 @@ def test_a_description_that_does_not_fit_is_refused(file, changes):
 @pytest.mark.parametrize("described", ["{", "[1]", "null", '"text"', "1"])
 def test_a_description_that_is_none_is_refused(tmp_path, described):
     path = tmp_path / "bank.safetensors"
-    save_file({"0/0.0.1.0.output.0.3": torch.zeros(2, 6)}, path, metadata={FORMAT: described})
+    save_file({"0/0.0.1.0.output.0.3": torch.zeros(2, 6)}, path, metadata={FORMAT.key: described})
     with pytest.raises(ValueError, match="is not a character bank that this version can read"):
         load_bank(path)
 

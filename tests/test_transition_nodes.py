@@ -130,7 +130,7 @@ def rewritten(change_state=None, change_description=None):
         if change_state:
             change_state(state)
         text = change_description(description) if change_description else json.dumps(description)
-        save_file(state, path, metadata={files.FORMAT: text})
+        save_file(state, path, metadata={files.FORMAT.key: text})
 
     return write
 
@@ -155,16 +155,19 @@ def setting(**values):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (truncated, ["damaged or no safetensors file", "choose a file that this pack's trainer wrote"]),
+        (truncated, ["damaged or no safetensors file", "Choose a file that this pack's trainer wrote"]),
         (header, ["damaged or no safetensors file"]),
         (pickled_code, ["damaged or no safetensors file"]),
         (other_file, ["is no motion predictor", "trainer"]),
         (rewritten(missing_key), ["1 missing keys (blocks.1.ff.net.2.bias)", "1 unexpected keys (blocks.1.scale)"]),
         (rewritten(other_shape), ["embedding_in.weight is (32, 63), expected (32, 64)"]),
         (rewritten(nan), ["NaN", "norm_out.bias"]),
-        (rewritten(None, lambda _: "{"), ["not a motion predictor that this version can read", "'{'"]),
+        (
+            rewritten(None, lambda _: "{"),
+            ["not a motion predictor that this version can read", "Expecting property name"],
+        ),
         (rewritten(None, lambda _: "[1, 2]"), ["not a motion predictor that this version can read"]),
-        (rewritten(None, lambda _: "{}"), ["not a motion predictor that this version can read"]),
+        (rewritten(None, lambda _: "{}"), ["has version None of the format, expected 1"]),
         (rewritten(None, lambda _: '{"version": 2, "sizes": []}'), ["version 2 of the format, expected 1", "Update"]),
         (rewritten(None, lambda _: '{"version": 1}'), ["its config is None, expected settings"]),
         (rewritten(None, setting(num_layers=3)), ["missing keys (blocks.2.attn.to_k.weight"]),
