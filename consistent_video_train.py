@@ -6,6 +6,7 @@ ComfyUI's parts, so that one is needed: the one around a checkout in custom_node
 
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def _choose_device() -> None:
     import torch
 
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    comfy.cli_args.args.cpu = on_cpu or not torch.accelerator.is_available()
+    decodes_videos = multiprocessing.parent_process() is not None
+    comfy.cli_args.args.cpu = on_cpu or decodes_videos or not torch.accelerator.is_available()
     # The attentions that ComfyUI prefers elsewhere have no backward pass.
     comfy.cli_args.args.use_pytorch_cross_attention = True
     if not comfy.cli_args.args.cpu and "LOCAL_RANK" in os.environ:

@@ -16,6 +16,7 @@ from consistent_video.loaders.families import CONSISTI2V
 from consistent_video.samplers.noise import mix_frames
 from consistent_video.training import checkpoints
 from consistent_video.training.consisti2v import SHARDED, ConsistI2VTask
+from consistent_video.training.consisti2v_validation import read_picture
 from consistent_video.training.randomness import seed_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -150,9 +151,7 @@ def test_every_parameter_learns(tmp_path, pretrained, checkpointing):
     task.loss(task.network, samples(1)).backward()
     without = []
     for name, parameter in task.network.named_parameters():
-        if name.endswith(".freqs"):
-            assert parameter.grad is None
-        elif parameter.grad is None or not parameter.grad.any():
+        if parameter.grad is None or not parameter.grad.any():
             without.append(name)
     assert without == []
 
@@ -300,6 +299,39 @@ def test_a_missing_picture_is_an_error_before_training(tmp_path, pretrained):
     clips = [{"prompt": "a bird", "first_frame": tmp_path / "gone.png"}]
     with pytest.raises(FileNotFoundError, match="validation: .*gone.png was not found"):
         ConsistI2VTask(consisti2v_settings(tmp_path, pretrained, validation={"clips": clips}))
+
+
+def test_a_picture_that_is_none_is_an_error_before_training(tmp_path, pretrained):
+    path = tmp_path / "cut.png"
+    Image.new("RGB", (64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+    clips = [{"prompt": "a bird", "first_frame": path}]
+    with pytest.raises(ValueError, match="validation: .*cut.png is no picture that can be read"):
+        ConsistI2VTask(consisti2v_settings(tmp_path, pretrained, validation={"clips": clips}))
+
+
+def test_pictures_are_turned_as_their_files_ask(tmp_path):
+    upright = torch.arange(6 * 4).view(6, 4, 1).expand(-1, -1, 3).byte()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side
+    Image.fromarray(upright.rot90(1).contiguous().numpy()).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(read_picture(tmp_path / "turned.png"), upright[None].float() / 255)
+
+
+def test_a_run_does_not_begin_with_what_it_deletes(tmp_path, pretrained):
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    checkpoints.link_or_copy(pretrained, folder)
+    with pytest.raises(ValueError, match="in the folder whose old checkpoints this run deletes. Move it elsewhere"):
+        ConsistI2VTask(consisti2v_settings(tmp_path, folder))
+
+
+def test_angles_are_buffers_under_their_published_names(tmp_path, pretrained):
+    task = ConsistI2VTask(consisti2v_settings(tmp_path, pretrained))
+    published = load_file(pretrained / WEIGHTS)
+    angles = {key for key in published if key.endswith(".freqs")}
+    names = {name.replace("_checkpoint_wrapped_module.", "") for name, _ in task.network.named_buffers()}
+    assert angles and names == angles
+    assert all(torch.equal(task.network.state_dict()[key], published[key]) for key in angles)
 
 
 def test_layers_to_shard_are_in_the_network(tmp_path, pretrained):

@@ -123,7 +123,7 @@ def test_video_loss_is_the_published_network_s(tmp_path, i2vgenxl_folder, predic
         posterior = vae.encode(2 * sample.frames.movedim(-1, 1) - 1).latent_dist
         latents = posterior.sample(torch.Generator().manual_seed(seed_of(3, sample.number, "posterior")))
         latents = (0.18215 * latents).transpose(0, 1).unsqueeze(0)
-        noise, timestep = video_loss.draw(sample, latents.shape[1:])
+        noise, timestep = video_loss.noising.draw(sample, latents.shape[1:])
         noise, timesteps = noise.unsqueeze(0), torch.tensor([timestep])
         predicted = network(
             scheduler.add_noise(latents, noise, timesteps),
@@ -142,11 +142,11 @@ def test_noise_follows_from_the_sample_and_timesteps_reach_the_ends(tmp_path, i2
     video_loss = MotionPredictorTask(settings_of(tmp_path, i2vgenxl_folder, video_loss=1.0)).video_loss
     sample, other = samples_of(2, 3)
     shape = torch.Size((4, FRAMES, 8, 8))
-    first, again, different = (video_loss.draw(drawn, shape) for drawn in (sample, sample, other))
+    first, again, different = (video_loss.noising.draw(drawn, shape) for drawn in (sample, sample, other))
     assert torch.equal(first[0], again[0]) and first[1] == again[1]
     assert not torch.equal(first[0], different[0])
     clip = NumberedClips(2, 8)
-    timesteps = [video_loss.draw(clip[number], torch.Size((1,)))[1] for number in range(600)]
+    timesteps = [video_loss.noising.draw(clip[number], torch.Size((1,)))[1] for number in range(600)]
     assert 0 <= min(timesteps) < 20 and 980 < max(timesteps) <= 999
     assert video_loss.alphas[-1] == 0
 

@@ -427,9 +427,7 @@ def test_without_one_usable_clip_there_is_nothing_to_train_on(tmp_path, folder):
         ValueError, match="None of the 4 clips can be used: .*:1: 12.mp4 has 12 frames, needs 16; .*:2: "
     ):
         check_usable(dataset_of(clips))
-    with pytest.raises(ValueError, match="None of the 4 clips"):
-        check_usable(clips, 16)
-    assert check_usable(clips) == check_usable(clips, 12) == []
+    assert check_usable(dataset_of(clips, frames=12)) == []
     with pytest.raises(
         ValueError, match="1000 clips drawn in a row for sample 3 cannot be used. The last one: .*jsonl:"
     ):
@@ -441,9 +439,18 @@ def test_the_check_ends_with_the_first_usable_clip(tmp_path, folder):
     assert [problem.where.rpartition(":")[2] for problem in check_usable(dataset)] == ["1", "2"]
 
 
+def test_a_title_in_an_unknown_encoding_is_of_no_interest(tmp_path):
+    path = write_clip(tmp_path / "titled.mp4", numbered_frames(6), title="QQQQQQQQ")
+    data = path.read_bytes()
+    assert data.count(b"QQQQQQQQ") == 1
+    path.write_bytes(data.replace(b"QQQQQQQQ", b"\xff\xfe" * 4))
+    with VideoFile(path) as video:
+        assert frame_numbers(video.read([0, 5])) == [0, 5]
+
+
 def test_only_five_reasons_are_listed(tmp_path, folder):
     with pytest.raises(ValueError, match="None of the 7 clips") as caught:
-        check_usable(listed(tmp_path, folder, ["none.mp4"] * 7))
+        check_usable(dataset_of(listed(tmp_path, folder, ["none.mp4"] * 7)))
     assert str(caught.value).count("there is no file") == 5
     assert str(caught.value).endswith("; ...")
 

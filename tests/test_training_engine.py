@@ -145,15 +145,85 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, pretrained):
             return sample
 
     settings = consisti2v_settings(tmp_path, pretrained)
-    with pytest.raises(ValueError, match="The loss of step 7 is nan. Lower learning_rate"):
+    with pytest.raises(ValueError, match="The loss of step 7 is nan, .* Start again with a lower learning_rate"):
         train(settings, Broken())
     assert [path.name for path in checkpoints.complete(tmp_path / "checkpoints")] == ["step-00000005"]
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(tmp_path, pretrained):
+    class Steep(ConsistI2VTask):
+        def loss(self, network, samples):
+            weight = self.network.conv_out.weight
+            endless = (weight * 0).sum().sqrt() if samples[0].number == 4 else 0
+            return super().loss(network, samples) + endless
+
+    settings = consisti2v_settings(tmp_path, pretrained, save_every=1)
+    with pytest.raises(ValueError, match=r"The loss of step 5 is [\d.]+, its gradient nan long"):
+        run_of(Steep(settings)).train()
+    assert checkpoints.complete(tmp_path / "checkpoints")[-1].name == "step-00000004"
+    assert metrics(settings)[-1]["gradient_norm"] is None
+
+
+def test_a_run_told_to_stop_while_it_validates_saves(tmp_path, pretrained):
+    class StoppedWhileValidating(ConsistI2VTask):
+        def validate(self, weights, folder):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().validate(weights, folder)
+
+    settings = consisti2v_settings(tmp_path, pretrained, validate_every=2, save_every=10)
+    run = run_of(StoppedWhileValidating(settings))
+    run.train()
+    assert run.step == 3
+    assert [path.name for path in checkpoints.complete(tmp_path / "checkpoints")] == ["step-00000003"]
+
+
+def test_a_continued_run_takes_its_own_settings(tmp_path, pretrained):
+    train(consisti2v_settings(tmp_path, pretrained, steps=2, schedule="linear"))
+    changes = {"learning_rate": 1e-5, "weight_decay": 0.5, "betas": (0.8, 0.9), "epsilon": 1e-6}
+    settings = consisti2v_settings(tmp_path, pretrained, steps=4, schedule="linear", **changes)
+    run = train(settings)
+    assert [row["learning_rate"] for row in metrics(settings)][2:] == pytest.approx([1e-5 * 2 / 4, 1e-5 / 4])
+    group = run.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
+
+
+def test_accumulation_may_change_in_a_continued_run(tmp_path, pretrained):
+    norms = []
+    for name, changes in (("batch", {"batch_size": 3}), ("turns", {"accumulation": 3})):
+        train(consisti2v_settings(tmp_path / name, pretrained, steps=1))
+        settings = consisti2v_settings(tmp_path / name, pretrained, steps=2, **changes)
+        train(settings)
+        norms.append(metrics(settings)[-1]["gradient_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "scheduler.bin", "../progress.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, pretrained, name):
+    settings = consisti2v_settings(tmp_path, pretrained, steps=1)
+    train(settings)
+    path = tmp_path / "checkpoints" / "step-00000001" / checkpoints.STATE / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="step-00000001 is damaged .* Delete this folder"):
+        run_of(ConsistI2VTask(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ema": True}, "by a run with ema False, this one has True"),
+        ({"trainable_modules": ["conv_out"]}, "by a run with trained .*, this one has 2"),
+    ],
+)
+def test_a_run_with_other_parameters_is_refused(tmp_path, pretrained, changes, words):
+    train(consisti2v_settings(tmp_path, pretrained, steps=1))
+    with pytest.raises(ValueError, match=words):
+        run_of(ConsistI2VTask(consisti2v_settings(tmp_path, pretrained, **changes)))
 
 
 def test_another_trainers_checkpoints_are_left_alone(tmp_path, pretrained):
     settings = consisti2v_settings(tmp_path, pretrained, steps=1)
     train(settings)
-    with pytest.raises(ValueError, match="was written by the trainer consisti2v, this run is of motion_predictor"):
+    with pytest.raises(ValueError, match="by a run with trainer consisti2v, this one has motion_predictor"):
         run_of(ConsistI2VTask(settings), trainer="motion_predictor")
 
 

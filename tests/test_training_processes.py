@@ -1,8 +1,10 @@
 """Training on several processes of this machine, which talk over gloo, as a user starts it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from training_runs import FRAMES, SIDE, consisti2v_settings, inference, losses, 
 import tiny_checkpoints
 from comfy_process import REPOSITORY, comfyui_folder
 from consistent_video.loaders.motion_predictor import load_motion_predictor
-from consistent_video.training.checkpoints import STATE, folder_name
+from consistent_video.training.checkpoints import STATE, complete, folder_name
 from consistent_video.training.settings import MotionPredictorSettings
 
 STEPS = 4
@@ -42,8 +44,8 @@ def data(tmp_path_factory):
     return {"sources": [source], "frames": FRAMES, "width": SIDE, "height": SIDE, "strides": [1, 3], "workers": 1}
 
 
-def launch(processes: int, trainer: str, settings) -> None:
-    """Run a trainer with the command of the documentation."""
+def start(processes: int, trainer: str, settings) -> subprocess.Popen:
+    """Start a trainer with the command of the documentation, in a process group of its own."""
     settings.output.mkdir(parents=True, exist_ok=True)
     file = settings.output / "run.yaml"
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")), encoding="utf-8")
@@ -54,8 +56,16 @@ def launch(processes: int, trainer: str, settings) -> None:
     command += ["-m", "consistent_video_train", trainer, str(file), f"batch_size={4 // processes}"]
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui_folder()), "OMP_NUM_THREADS": "1"}
     environment["ACCELERATE_USE_CPU"] = "true"
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def launch(processes: int, trainer: str, settings) -> None:
+    """Run a trainer to its end."""
+    running = start(processes, trainer, settings)
+    _, errors = running.communicate()
+    assert running.returncode == 0, errors[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,25 @@ def test_curves_are_kept_for_tensorboard(one_and_two):
     for run in one_and_two:
         events = EventAccumulator(str(run.output / "logs" / "consistent_video")).Reload()
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
+
+
+def test_a_terminated_group_of_processes_saves(tmp_path, pretrained, data):
+    settings = consisti2v_settings(
+        tmp_path / "run", pretrained, data={**data, "workers": 2}, steps=1000, save_every=1000
+    )
+    running = start(1, "consisti2v", settings)
+    written = settings.output / "metrics.jsonl"
+    while running.poll() is None and not (written.is_file() and written.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGTERM)
+    _, errors = running.communicate()
+    for _ in range(300):  # the launcher may end before the trainer has saved
+        found = complete(settings.output / "checkpoints")
+        if found:
+            break
+        time.sleep(0.1)
+    assert len(found) == 1, errors[-4000:]
+    assert int(found[0].name.removeprefix("step-")) == len(losses(settings)) < 1000
 
 
 def test_the_motion_predictor_is_trained_by_the_command_too(tmp_path, models_folder, data):

@@ -22,6 +22,7 @@ def write_clip(
     times: Sequence[int] | None = None,
     rotation: int = 0,
     container: dict[str, str] | None = None,
+    title: str = "",
 ) -> Path:
     """Write a clip: the same 8-bit RGB values come out of it, unless the codec is a lossy one. Makes its folder.
 
@@ -34,6 +35,7 @@ def write_clip(
         times: of the frames, in units of 1 / fps, ascending; 0, 1, 2... by default.
         rotation: degrees by which a player is asked to turn the picture counterclockwise.
         container: options of the muxer.
+        title: in the file's metadata.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     name, pixels, options = codec
@@ -41,6 +43,8 @@ def write_clip(
         options = {**options, "x264-params": f"keyint={gop}:bframes={b_frames}:b-adapt=0:scenecut=0"}
     pictures = (frames * 255).round().to(torch.uint8).numpy()
     with av.open(str(path), "w", options=container or {}) as file:
+        if title:
+            file.metadata["title"] = title
         stream = file.add_stream(name, rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = pictures.shape[1], pictures.shape[2], pixels
         stream.codec_context.gop_size = gop

@@ -14,18 +14,33 @@ NAME = re.compile(r"step-\d{8}")
 
 
 @dataclass(frozen=True)
+class Traits:
+    """What a run has to have in common with the checkpoint that it continues from.
+
+    Args:
+        trainer: its name.
+        ema: whether there is a moving average.
+        trained: number of tensors that are trained.
+    """
+
+    trainer: str
+    ema: bool
+    trained: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come.
 
     Args:
         step: changes of the weights.
         samples: clips seen by all processes.
-        trainer: name of the trainer.
+        traits: of the run.
     """
 
     step: int
     samples: int
-    trainer: str
+    traits: Traits
 
 
 def folder_name(step: int) -> str:
@@ -39,25 +54,30 @@ def complete(folder: Path) -> list[Path]:
     return sorted(path for path in found if NAME.fullmatch(path.name) and (path / PROGRESS).is_file())
 
 
-def read_progress(checkpoint: Path, trainer: str) -> Progress:
+def read_progress(checkpoint: Path, traits: Traits) -> Progress:
     """How far the run was when a checkpoint was written.
 
     Raises:
-        ValueError: the checkpoint is of another trainer, or its record cannot be read.
+        ValueError: the checkpoint is of a run with other traits, or its record cannot be read.
     """
-    path = checkpoint / PROGRESS
     try:
-        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Delete {checkpoint} to go on from the one before."
-        ) from error
-    if progress.trainer != trainer:
-        raise ValueError(
-            f"{checkpoint} was written by the trainer {progress.trainer}, this run is of {trainer}. Choose another "
-            "output folder."
-        )
+        content = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        progress = Progress(int(content["step"]), int(content["samples"]), Traits(**content["traits"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(damaged(checkpoint, error)) from error
+    for name, here in asdict(traits).items():
+        there = getattr(progress.traits, name)
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} was written by a run with {name} {there}, this one has {here}. Change the settings "
+                "back, or choose another output folder; its weights can be the pretrained ones of a new run."
+            )
     return progress
+
+
+def damaged(checkpoint: Path, error: Exception) -> str:
+    """The message of a checkpoint that cannot be read."""
+    return f"{checkpoint} is damaged ({error}). Delete this folder: the run goes on from the checkpoint before."
 
 
 def unfinished(folder: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ Random strides, mirrored clips, and scaling without antialiasing are those of TI
 """
 
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -156,12 +157,8 @@ class ClipDataset(Dataset):
         return channels_last(scaled[..., top : top + self.height, left : left + self.width])
 
 
-def check_usable(clips: ClipDataset | ClipList, frames: int | None = None) -> list[UnusableClip]:
+def check_usable(dataset: ClipDataset) -> list[UnusableClip]:
     """Make sure that there is something to train on: try the clips in order until one can be used.
-
-    Args:
-        clips: what to try.
-        frames: that a clip must have; those of the dataset's samples by default, one for a list.
 
     Returns:
         The clips before it, which cannot be used.
@@ -169,20 +166,19 @@ def check_usable(clips: ClipDataset | ClipList, frames: int | None = None) -> li
     Raises:
         ValueError: none can be used.
     """
-    if isinstance(clips, ClipDataset):
-        clips, frames = clips.clips, frames or clips.frames
     failures = []
-    for index in range(len(clips)):
+    for index in range(len(dataset.clips)):
         try:
-            _, video = _open(clips, index, frames or 1)
+            _, video = _open(dataset.clips, index, dataset.frames)
             with video:
-                video.read(range(frames or 1))
+                video.read(range(dataset.frames))
         except UnusableClip as problem:
             failures.append(UnusableClip(problem.where, problem.reason))
         else:
             return failures
     reasons = "; ".join(map(str, failures[:5]))
-    raise ValueError(f"None of the {len(clips)} clips can be used: {reasons}{'; ...' if len(failures) > 5 else '.'}")
+    end = "; ..." if len(failures) > 5 else "."
+    raise ValueError(f"None of the {len(dataset.clips)} clips can be used: {reasons}{end}")
 
 
 class SampleNumbers:
@@ -226,7 +222,14 @@ def loader(dataset: Dataset, sampler: SampleNumbers, workers: int) -> DataLoader
         collate_fn=list,
         # Of its own: the loader draws a seed, and the global generator is not to depend on that.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl+C and SIGTERM reach all processes of a group; the training process ends its workers when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SkippedClips:
@@ -245,7 +248,8 @@ class SkippedClips:
 
     @property
     def count(self) -> int:
-        """Clips in the file, as far as this process knows."""
+        """Clips in the file, whichever process wrote them."""
+        self._catch_up()
         return len(self._known)
 
     def add(self, skipped: Iterable[UnusableClip]) -> None:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             logging.disable(logging.INFO)
         dataset = open_dataset(settings.data, settings.seed)
         run = engine.Run(trainer.task(settings), dataset, accelerator, parsed.trainer)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{error}\n")
     run.train()
 

@@ -43,6 +43,7 @@ class BaseFolder:
         scale: of the latents.
         network: float32, on the CPU.
         dead: parameters of the published file that the network does not read, kept for the checkpoints.
+        frozen: sub-folders that every checkpoint has, too.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class BaseFolder:
     scale: float
     network: ConsistI2VUNet
     dead: dict[str, torch.Tensor]
+    frozen: tuple[str, ...]
 
     def save(self, folder: Path, weights: dict[str, torch.Tensor], dtype: str) -> None:
         """Write a folder in the published layout.
@@ -67,9 +69,8 @@ class BaseFolder:
         (folder / "scheduler").mkdir()
         _write(folder / "scheduler" / "scheduler_config.json", self.scheduler)
         _write(folder / "model_index.json", {"_class_name": "ConditionalAnimationPipeline"})
-        for name in FROZEN:
-            if (self.folder / name).is_dir():
-                link_or_copy(self.folder / name, folder / name)
+        for name in self.frozen:
+            link_or_copy(self.folder / name, folder / name)
 
     def assemble(self, weights: dict[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
         """Weights of the network as the MODEL that Load ConsistI2V makes of them."""
@@ -111,7 +112,8 @@ def open_base(folder: Path, frames: int, seed: int) -> BaseFolder:
             "Choose the published checkpoint."
         )
     config = {**config, "n_frames": frames}
-    return BaseFolder(folder, config, scheduler, scaling_factor(folder), network, dead)
+    frozen = tuple(name for name in FROZEN if (folder / name).is_dir())
+    return BaseFolder(folder, config, scheduler, scaling_factor(folder), network, dead, frozen)
 
 
 def _from_video_network(state: dict, component: Path) -> tuple[ConsistI2VUNet, dict[str, torch.Tensor]]:

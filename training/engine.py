@@ -2,14 +2,17 @@
 
 import importlib.util
 import logging
+import math
+import pickle
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 from . import checkpoints
@@ -20,6 +23,9 @@ from .task import Task, Validation
 
 # The other processes wait for as long while one of them draws validation clips or writes a checkpoint.
 PATIENCE = timedelta(hours=6)
+
+# What reading a damaged state may raise.
+DAMAGES = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def start(settings: RunSettings) -> Accelerator:
@@ -55,11 +61,12 @@ class Run:
         trainer: name of the trainer, kept with the checkpoints.
 
     Raises:
-        ValueError: the checkpoint to continue from is of another trainer or damaged.
+        ValueError: the checkpoint to continue from is of another trainer, of other trained parameters, or damaged; or
+            settings that do not go together.
     """
 
     def __init__(self, task: Task, dataset: Dataset, accelerator: Accelerator, trainer: str):
-        self.task, self.dataset, self.accelerator, self.trainer = task, dataset, accelerator, trainer
+        self.task, self.dataset, self.accelerator = task, dataset, accelerator
         self.settings = settings = task.settings
         self.folder = settings.output / "checkpoints"
         trained = [parameter for parameter in task.network.parameters() if parameter.requires_grad]
@@ -76,35 +83,38 @@ class Run:
         self.network, self.optimizer, self.scheduler = accelerator.prepare(task.network, optimizer, scheduler)
         self.ema = None
         if settings.ema:
+            if accelerator.distributed_type == DistributedType.FSDP:
+                raise ValueError("ema does not work with FSDP, which splits the weights. Set ema to false, or use DDP.")
             self.ema = EMAModel(self.network.parameters(), decay=settings.ema_decay)
             accelerator.register_for_checkpointing(self.ema)
         self.step = self.samples = 0
+        self.traits = checkpoints.Traits(trainer, settings.ema, len(trained))
         self._resume()
 
     def train(self) -> None:
         """Train until `settings.steps`, or until the run is told to stop; both end with a checkpoint.
 
         Raises:
-            ValueError: the loss is no number any more.
+            ValueError: the loss or its gradient is no number any more.
         """
-        settings, accelerator = self.settings, self.accelerator
+        settings = self.settings
+        if self.step >= settings.steps:
+            logging.info("This run has made its %d steps. Raise steps to go on.", self.step)
+            return
         self.task.network.train()
         skipped = SkippedClips(settings.output / "skipped_clips.txt")
-        with StopSignal() as stop, Report(accelerator, settings, self.step) as report:
-            samples = self._samples()
-            while self.step < settings.steps and not stop.asked:
+        with StopSignal() as stop, Report(self.accelerator, settings, self.step) as report:
+            samples, finished = self._samples(), False
+            while not finished:
                 loss, norm, rate = self._step(samples, skipped)
-                loss, stop.asked = self._agree(loss, stop.asked)
+                # One answer for all processes: they save and validate together.
+                loss, stopping = self._agree(loss, stop.asked)
                 report.step(self.step, loss=loss, gradient_norm=norm, learning_rate=rate, skipped=skipped.count)
-                if not torch.tensor(loss).isfinite():
-                    raise ValueError(
-                        f"The loss of step {self.step} is {loss}. Lower learning_rate, or use mixed_precision bf16 or "
-                        "fp32. Started again, the run goes on from its last checkpoint."
-                    )
-                finished = stop.asked or self.step == settings.steps
+                self._require_finite(loss, norm)
+                finished = stopping or self.step == settings.steps
                 if finished or self.step % settings.save_every == 0:
                     self._save()
-                if settings.validate_every and self.step % settings.validate_every == 0:
+                if not stopping and settings.validate_every and self.step % settings.validate_every == 0:
                     report.validated(self.step, self._validate())
         logging.info("Stopped after step %d; %d clips could not be used.", self.step, skipped.count)
 
@@ -131,7 +141,7 @@ class Run:
                     norm = accelerator.clip_grad_norm_(self.network.parameters(), settings.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        rate = self.scheduler.get_last_lr()[0]
+        rate = self.optimizer.param_groups[0]["lr"]
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
             self.task.after_step(self.network)
@@ -147,16 +157,29 @@ class Run:
         mean, stopping = self.accelerator.reduce(values, "mean").tolist()
         return mean, stopping > 0
 
+    def _require_finite(self, loss: float, norm: float) -> None:
+        """End the run before weights that are no numbers are saved; fp16 leaves out a step whose gradient is too long.
+
+        Raises:
+            ValueError: see above.
+        """
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped):
+            raise ValueError(
+                f"The loss of step {self.step} is {loss}, its gradient {norm} long. Start again with a lower "
+                "learning_rate, or with mixed_precision bf16 or fp32: the run goes on from its last checkpoint."
+            )
+
     def _weights(self) -> dict[str, torch.Tensor]:
-        """All weights of the network, or their moving average, in memory of the CPU; complete on the main process."""
+        """All weights of the network, or their moving average, on the CPU; empty but on the main process."""
         if self.ema is not None:
             self.ema.store(self.network.parameters())
             self.ema.copy_to(self.network.parameters())
         weights = self.accelerator.get_state_dict(self.network)
-        weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+        if self.accelerator.is_main_process:
+            weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
         if self.ema is not None:
             self.ema.restore(self.network.parameters())
-        return weights
+        return weights if self.accelerator.is_main_process else {}
 
     def _save(self) -> None:
         """Write a checkpoint: what the graph loads, and what continuing needs."""
@@ -169,19 +192,40 @@ class Run:
         self.accelerator.wait_for_everyone()
         if main:
             self.task.save(unfinished, weights)
-            progress = checkpoints.Progress(self.step, self.samples, self.trainer)
+            progress = checkpoints.Progress(self.step, self.samples, self.traits)
             checkpoints.finish(unfinished, progress, self.settings.keep)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one."""
+        """Continue from the newest complete checkpoint, if there is one, with the settings of this run."""
         found = checkpoints.complete(self.folder)
         if not found:
             return
-        progress = checkpoints.read_progress(found[-1], self.trainer)
-        self.accelerator.load_state(str(found[-1] / checkpoints.STATE))
+        progress = checkpoints.read_progress(found[-1], self.traits)
+        try:
+            self.accelerator.load_state(str(found[-1] / checkpoints.STATE))
+        except DAMAGES as error:
+            raise ValueError(checkpoints.damaged(found[-1], error)) from error
         self.step, self.samples = progress.step, progress.samples
+        # accelerate counts batches from there on, and the number that makes a step may be another one now.
+        self.accelerator.step = 0
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+        self._apply_optimizer_settings()
         logging.info("Continuing from %s.", found[-1])
+
+    def _apply_optimizer_settings(self) -> None:
+        """Give the optimizer, whose loaded state has those of the checkpoint, the values of this run's settings."""
+        settings, scheduler = self.settings, self.scheduler.scheduler
+        scheduler.base_lrs = [settings.learning_rate for _ in scheduler.base_lrs]
+        for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas):
+            group.update(
+                initial_lr=settings.learning_rate,
+                lr=settings.learning_rate * factor(scheduler.last_epoch),
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                eps=settings.epsilon,
+            )
 
     def _validate(self) -> Validation | None:
         """Validate on the main process, with the weights that a checkpoint would hold."""

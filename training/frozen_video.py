@@ -17,15 +17,13 @@ from ..models.i2vgenxl import image_latents
 from ..models.i2vgenxl_unet import I2VGenXLUNet
 from ..models.temporal import TemporalConv, TemporalTransformer
 from ..models.transformer import SpatialTransformer
-from ..samplers import schedules
 from .clip_encoder import ClipEncoder
 from .clips import Sample
-from .randomness import seed_of
+from .noising import Noising
 from .settings import MotionPredictorSettings
 
 # Computed again in the backward pass, so that their activations need not be kept.
 CHECKPOINTED = (ResnetBlock2D, TemporalConv, SpatialTransformer, TemporalTransformer)
-PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class FrozenVideoLoss:
@@ -45,15 +43,8 @@ class FrozenVideoLoss:
         folder, self.settings = settings.i2vgenxl, settings
         self.dtype = WEIGHT_DTYPES[settings.mixed_precision]
         self.device = comfy.model_management.get_torch_device()
-        path = folder / "scheduler" / "scheduler_config.json"
-        scheduler = read_config_or(path, I2VGENXL.scheduler)
-        self.prediction = scheduler.get("prediction_type", "epsilon")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"{path} has prediction_type {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}. Restore "
-                "the published file."
-            )
-        self.alphas = schedules.alphas_cumprod(scheduler)
+        scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", I2VGENXL.scheduler)
+        self.noising = Noising(scheduler, settings.seed)
         self.network = load_frozen(folder, self.dtype).to(self.device)
         self.encoder = ClipEncoder(I2VGENXL, folder, settings.seed)
 
@@ -61,29 +52,17 @@ class FrozenVideoLoss:
         """Mean squared error of what the network predicts, a scalar with a gradient to `embeddings` (B, F, D)."""
         latents = torch.cat([self.encoder.latents(sample) for sample in samples])
         text = torch.cat([self.encoder.text(sample.text) for sample in samples])
-        drawn = [self.draw(sample, latents.shape[1:]) for sample in samples]
-        noise = torch.stack([noise for noise, _ in drawn]).to(latents)
-        timesteps = torch.tensor([timestep for _, timestep in drawn])
-        alphas = self.alphas[timesteps].to(latents).view(-1, 1, 1, 1, 1)
-        noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
-        # v of Salimans and Ho 2022 (arXiv 2202.00512), appendix D
-        target = noise if self.prediction == "epsilon" else alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+        noisy, timesteps, target = self.noising.noised(samples, latents)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             predicted = self.network(
                 noisy,
-                timesteps.to(self.device),
+                timesteps,
                 text,
                 image_latents=image_latents(latents[:, :, 0], latents.shape[2]),
                 image_embeddings=embeddings,
                 fps=torch.full((len(samples),), float(self.settings.fps), device=self.device),
             )
         return mse_loss(predicted.float(), target)
-
-    def draw(self, sample: Sample, shape: torch.Size) -> tuple[torch.Tensor, int]:
-        """Noise (4, F, h, w) of a sample and the timestep that it is noised to."""
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, sample.number, "noise"))
-        timestep = torch.randint(len(self.alphas), (1,), generator=generator).item()
-        return torch.randn(shape, generator=generator), timestep
 
 
 def load_frozen(folder: Path, dtype: torch.dtype) -> I2VGenXLUNet:

@@ -1,6 +1,7 @@
 """What a run tells while it runs: progress bar, curves, a file of numbers; and how it is told to stop."""
 
 import json
+import math
 import signal
 
 import torch
@@ -83,7 +84,8 @@ class Report:
         if self._file is None or not numbers:
             return
         self.accelerator.log(numbers, step=step)
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
 

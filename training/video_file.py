@@ -74,7 +74,8 @@ class VideoFile:
 
     def _open(self) -> None:
         with self._decoding():
-            self._container = av.open(str(self._path))
+            # Titles in an unknown encoding are of no interest.
+            self._container = av.open(str(self._path), metadata_errors="ignore")
         self._stream = self._container.streams.best("video")
         if self._stream is None or self._stream.codec_context is None:
             self.close()
