@@ -21,6 +21,7 @@ from consistent_video.training.randomness import seed_of
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LATENT = SIDE // 8
+WRAPPED = "_checkpoint_wrapped_module."  # what torch puts into the names of layers that are computed again
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +162,8 @@ def test_checkpointing_changes_no_gradient(tmp_path, pretrained):
     for checkpointing in (False, True):
         task = ConsistI2VTask(consisti2v_settings(tmp_path, pretrained, gradient_checkpointing=checkpointing))
         task.loss(task.network, samples(2)).backward()
-        named = zip(task.network.state_dict(), task.network.parameters())
-        gradients.append({name: parameter.grad for name, parameter in named if parameter.grad is not None})
+        named = ((name.replace(WRAPPED, ""), parameter.grad) for name, parameter in task.network.named_parameters())
+        gradients.append({name: gradient for name, gradient in named if gradient is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
@@ -171,7 +172,7 @@ def test_checkpointing_changes_no_gradient(tmp_path, pretrained):
 def test_gradient_is_the_slope_of_the_loss(tmp_path, pretrained):
     task, clips = ConsistI2VTask(consisti2v_settings(tmp_path, pretrained)), samples(1)
     name = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"
-    weight = task.network.get_parameter(name.replace("attentions.0.", "attentions.0._checkpoint_wrapped_module."))
+    weight = task.network.get_parameter(name.replace("attentions.0.", f"attentions.0.{WRAPPED}"))
     task.loss(task.network, clips).backward()
     direction = weight.grad / weight.grad.norm()
     found = []
@@ -329,7 +330,7 @@ def test_angles_are_buffers_under_their_published_names(tmp_path, pretrained):
     task = ConsistI2VTask(consisti2v_settings(tmp_path, pretrained))
     published = load_file(pretrained / WEIGHTS)
     angles = {key for key in published if key.endswith(".freqs")}
-    names = {name.replace("_checkpoint_wrapped_module.", "") for name, _ in task.network.named_buffers()}
+    names = {name.replace(WRAPPED, "") for name, _ in task.network.named_buffers()}
     assert angles and names == angles
     assert all(torch.equal(task.network.state_dict()[key], published[key]) for key in angles)
 

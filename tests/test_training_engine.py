@@ -125,6 +125,12 @@ def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, pretrained, monke
         engine.start(settings)
 
 
+def test_an_output_that_is_a_file_is_an_error(tmp_path, pretrained):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="output: the folder .*run cannot be made"):
+        engine.start(consisti2v_settings(tmp_path / "run", pretrained))
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path, pretrained):
     settings = consisti2v_settings(tmp_path, pretrained, save_every=1, steps=4, keep=2)
     folder = tmp_path / "checkpoints"
@@ -211,7 +217,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, pretrained, name):
     ("changes", "words"),
     [
         ({"ema": True}, "by a run with ema False, this one has True"),
-        ({"trainable_modules": ["conv_out"]}, "by a run with trained .*, this one has 2"),
+        ({"trainable_modules": ["conv_out"]}, "by a run with trained_parameters .*, this one has"),
     ],
 )
 def test_a_run_with_other_parameters_is_refused(tmp_path, pretrained, changes, words):

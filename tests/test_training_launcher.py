@@ -111,6 +111,6 @@ def test_wrong_settings_are_named_without_a_traceback(installed, tmp_path):
     )  # fmt: skip
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert f"{file} does not describe a run:\n" in result.stderr
+    assert f"{file} with steps=many does not describe a run:\n" in result.stderr
     for field in ("colour", "data.frames", "data.sources", "steps"):
         assert f"\n  {field}: " in result.stderr

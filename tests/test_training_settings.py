@@ -51,8 +51,16 @@ def faults(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(ValueError) as caught:
         read(path, *overrides)
     first, *rest = str(caught.value).splitlines()
-    assert first == f"{path} does not describe a run:"
+    source = f"{path} with {' '.join(overrides)}" if overrides else path
+    assert first == f"{source} does not describe a run:"
     return rest
+
+
+def test_warmup_needs_a_schedule(file):
+    assert faults(file, "warmup_steps=5") == [
+        "  settings: Value error, warmup_steps do nothing with the schedule constant: choose constant_with_warmup"
+    ]
+    assert read(file, "warmup_steps=5", "schedule=cosine").warmup_steps == 5
 
 
 def fields(annotation) -> set[str]:
@@ -147,9 +155,9 @@ def test_overrides_may_be_all_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("colour=red", "  colour: Extra inputs are not permitted"),
-        ("data.colour=red", "  data.colour: Extra inputs are not permitted"),
-        ("noise.colour=red", "  noise.colour: Extra inputs are not permitted"),
+        ("colour=red", "  colour: there is no such field; --help lists them"),
+        ("data.colour=red", "  data.colour: there is no such field; --help lists them"),
+        ("noise.colour=red", "  noise.colour: there is no such field; --help lists them"),
         ("data.sources=[{annotations: a.jsonl}]", "  data.sources.0.folder: Field required"),
         ("data.sources=[]", "  data.sources: List should have at least 1 item"),
         ("data.frames=1", "  data.frames: Input should be greater than or equal to 2"),

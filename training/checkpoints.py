@@ -20,12 +20,14 @@ class Traits:
     Args:
         trainer: its name.
         ema: whether there is a moving average.
-        trained: number of tensors that are trained.
+        parameters: number of values of the network.
+        trained_parameters: how many of them are trained.
     """
 
     trainer: str
     ema: bool
-    trained: int
+    parameters: int
+    trained_parameters: int
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     parsed = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # ComfyUI has set up logging while it was imported.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     trainer = TRAINERS[parsed.trainer]
     try:
         settings = read_settings(trainer.settings, parsed.file, parsed.overrides)
@@ -61,7 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = engine.Run(trainer.task(settings), dataset, accelerator, parsed.trainer)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{error}\n")
-    run.train()
+    try:
+        run.train()
+    except engine.NotFinite as error:
+        parser.exit(1, f"{error}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,6 +91,8 @@ def open_base(folder: Path, frames: int, seed: int) -> BaseFolder:
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the network is another one.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"pretrained: there is no folder {folder}. Name one of ConsistI2V or Stable Diffusion.")
     config = read_config(folder / "unet" / "config.json")
     kind = config.get("_class_name")
     if kind not in (CONSISTI2V.network_class, IMAGE_NETWORK):

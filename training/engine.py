@@ -3,9 +3,11 @@
 import importlib.util
 import logging
 import math
+import os
 import pickle
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -28,18 +30,23 @@ PATIENCE = timedelta(hours=6)
 DAMAGES = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
+class NotFinite(ValueError):
+    """The loss or its gradient is no number any more."""
+
+
 def start(settings: RunSettings) -> Accelerator:
     """Join the other processes of the run.
 
     Raises:
         ImportError: the tracker's package is not installed.
+        ValueError: nothing can be written to the output folder.
     """
     if settings.tracker != "none" and importlib.util.find_spec(settings.tracker) is None:
         raise ImportError(
             f"The tracker {settings.tracker} is not installed. Install it (python -m pip install {settings.tracker}), "
             "or set tracker to none."
         )
-    settings.output.mkdir(parents=True, exist_ok=True)
+    _make_writable(settings.output)
     folders = ProjectConfiguration(project_dir=str(settings.output), logging_dir=str(settings.output / "logs"))
     return Accelerator(
         gradient_accumulation_steps=settings.accumulation,
@@ -49,6 +56,15 @@ def start(settings: RunSettings) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def _make_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: the folder {output} cannot be made ({error}). Choose another.") from error
+    if not os.access(output, os.W_OK):
+        raise ValueError(f"output: nothing can be written to the folder {output}. Choose another.")
 
 
 class Run:
@@ -88,14 +104,15 @@ class Run:
             self.ema = EMAModel(self.network.parameters(), decay=settings.ema_decay)
             accelerator.register_for_checkpointing(self.ema)
         self.step = self.samples = 0
-        self.traits = checkpoints.Traits(trainer, settings.ema, len(trained))
+        parameters = sum(parameter.numel() for parameter in task.network.parameters())
+        self.traits = checkpoints.Traits(trainer, settings.ema, parameters, sum(map(torch.numel, trained)))
         self._resume()
 
     def train(self) -> None:
         """Train until `settings.steps`, or until the run is told to stop; both end with a checkpoint.
 
         Raises:
-            ValueError: the loss or its gradient is no number any more.
+            NotFinite: the loss or its gradient is no number any more.
         """
         settings = self.settings
         if self.step >= settings.steps:
@@ -116,7 +133,8 @@ class Run:
                     self._save()
                 if not stopping and settings.validate_every and self.step % settings.validate_every == 0:
                     report.validated(self.step, self._validate())
-        logging.info("Stopped after step %d; %d clips could not be used.", self.step, skipped.count)
+        saved = self.folder / checkpoints.folder_name(self.step)
+        logging.info("Stopped after step %d: %s. %d clips could not be used.", self.step, saved, skipped.count)
 
     def _samples(self) -> Iterator[list[Sample]]:
         """The batches of this process, from where the run is."""
@@ -161,10 +179,10 @@ class Run:
         """End the run before weights that are no numbers are saved; fp16 leaves out a step whose gradient is too long.
 
         Raises:
-            ValueError: see above.
+            NotFinite: see above.
         """
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped):
-            raise ValueError(
+            raise NotFinite(
                 f"The loss of step {self.step} is {loss}, its gradient {norm} long. Start again with a lower "
                 "learning_rate, or with mixed_precision bf16 or fp32: the run goes on from its last checkpoint."
             )

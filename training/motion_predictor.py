@@ -44,6 +44,8 @@ class MotionPredictorTask:
     """
 
     def __init__(self, settings: MotionPredictorSettings):
+        if not settings.i2vgenxl.is_dir():
+            raise FileNotFoundError(f"i2vgenxl: there is no folder {settings.i2vgenxl}. Name the folder of I2VGen-XL.")
         check_family(settings.i2vgenxl, I2VGENXL)
         self.settings = settings
         self.vision = load_folder_vision(settings.i2vgenxl, "default")

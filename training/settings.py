@@ -80,6 +80,12 @@ class RunSettings(Section):
     validate_every: int = Field(1000, ge=0, description="steps between validations; 0: none")
     tracker: Literal["tensorboard", "wandb", "none"] = Field("tensorboard", description="where the curves go")
 
+    @model_validator(mode="after")
+    def _warmup_has_a_schedule(self):
+        if self.warmup_steps and self.schedule == "constant":
+            raise ValueError("warmup_steps do nothing with the schedule constant: choose constant_with_warmup")
+        return self
+
 
 class NoiseSettings(Section):
     """What the frames' noise has in common; see Shared Noise in the graph."""
@@ -186,8 +192,9 @@ def read_settings(kind: type[RunSettings], path: Path, overrides: Sequence[str] 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_where(fault['loc'])}: {fault['msg']}" for fault in error.errors())
-        raise ValueError(f"{path} does not describe a run:\n{faults}") from error
+        faults = "\n".join(f"  {_where(fault['loc'])}: {_what(fault)}" for fault in error.errors())
+        source = f"{path} with {' '.join(overrides)}" if overrides else path
+        raise ValueError(f"{source} does not describe a run:\n{faults}") from error
 
 
 def describe(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
@@ -235,3 +242,7 @@ def _put(values: dict, keys: list[str], value, override: str) -> None:
 
 def _where(location: tuple) -> str:
     return ".".join(map(str, location)) or "settings"
+
+
+def _what(fault: dict) -> str:
+    return "there is no such field; --help lists them" if fault["type"] == "extra_forbidden" else fault["msg"]
