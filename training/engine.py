@@ -86,6 +86,9 @@ class Run:
         self.settings = settings = task.settings
         self.folder = settings.output / "checkpoints"
         trained = [parameter for parameter in task.network.parameters() if parameter.requires_grad]
+        # Counted here: FSDP splits them below.
+        sizes = (sum(map(torch.numel, parameters)) for parameters in (task.network.parameters(), trained))
+        self.traits = checkpoints.Traits(trainer, settings.ema, *sizes)
         optimizer = torch.optim.AdamW(
             trained,
             lr=settings.learning_rate,
@@ -104,8 +107,6 @@ class Run:
             self.ema = EMAModel(self.network.parameters(), decay=settings.ema_decay)
             accelerator.register_for_checkpointing(self.ema)
         self.step = self.samples = 0
-        parameters = sum(parameter.numel() for parameter in task.network.parameters())
-        self.traits = checkpoints.Traits(trainer, settings.ema, parameters, sum(map(torch.numel, trained)))
         self._resume()
 
     def train(self) -> None:
