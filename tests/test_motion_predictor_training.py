@@ -148,7 +148,7 @@ def test_noise_follows_from_the_sample_and_timesteps_reach_the_ends(tmp_path, i2
     clip = NumberedClips(2, 8)
     timesteps = [video_loss.noising.draw(clip[number], torch.Size((1,)))[1] for number in range(600)]
     assert 0 <= min(timesteps) < 20 and 980 < max(timesteps) <= 999
-    assert video_loss.alphas[-1] == 0
+    assert video_loss.noising.alphas[-1] == 0
 
 
 def test_gradient_through_the_frozen_network_is_that_of_finite_differences(i2vgenxl_folder):
