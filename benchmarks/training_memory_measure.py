@@ -32,7 +32,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from consistent_video.models.consisti2v_unet import ConsistI2VUNet
 from consistent_video.models.motion_predictor import MotionPredictor
-from consistent_video.training.consisti2v import CHECKPOINTED, choose_trainable
+from consistent_video.training.consisti2v import CHECKPOINTED, choose_trainable, keep_angles
 from consistent_video.training.settings import ConsistI2VSettings, DataSettings
 
 DEVICE, HALF = "cuda", torch.bfloat16
@@ -126,6 +126,7 @@ def parameters(network: torch.nn.Module) -> dict[str, int]:
 def consisti2v(parts: list[str], checkpointing: bool) -> ConsistI2VUNet:
     """The network as its trainer prepares it, at the published width."""
     network = ConsistI2VUNet()
+    keep_angles(network)
     choose_trainable(network, parts)
     if checkpointing:
         apply_activation_checkpointing(network, check_fn=lambda module: isinstance(module, CHECKPOINTED))
