@@ -213,7 +213,8 @@ def test_interrupt_stops_within_a_step_and_the_next_prompt_works(server, image):
             threading.Thread(target=server.interrupt).start()
 
     with pytest.raises(PromptInterrupted) as caught:
-        server.run(advanced(image, steps=200, seed=3), on_event=interrupt)
+        # steps long enough for the request to arrive within one
+        server.run(advanced(image, steps=200, seed=3, frames=24), on_event=interrupt)
     assert caught.value.node_id == "sample"
     assert caught.value.result.progress["sample"][-1][0] <= 4
     assert len(server.run(advanced(image, seed=4)).files()) == 4
