@@ -89,6 +89,21 @@ def test_loss_is_the_published_one(tmp_path, pretrained):
     assert text.shape == (2, 77, tiny_checkpoints.TEXT_WIDTH)
 
 
+def test_a_schedule_of_v_is_learnt_as_v(tmp_path, pretrained):
+    folder = tmp_path / "v"
+    checkpoints.link_or_copy(pretrained, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), "prediction_type": "v_prediction"}
+    path.unlink()
+    path.write_text(json.dumps(config))
+    settings = consisti2v_settings(tmp_path / "run", folder)
+    task, clip = ConsistI2VTask(settings), samples(1)[0]
+    timestep, noise = drawn(settings, clip.number)
+    alpha = torch.cumprod(1 - torch.linspace(0.00085, 0.012, 1000), 0)[timestep]
+    v = alpha.sqrt() * noise - (1 - alpha).sqrt() * task.encoder.latents(clip)[0]
+    assert task.loss(Recorder(), [clip]).item() == pytest.approx((v[:, 1:] ** 2).mean().item(), rel=1e-5)
+
+
 def test_clips_are_encoded_as_the_graph_encodes_first_frames(tmp_path, pretrained):
     task = ConsistI2VTask(consisti2v_settings(tmp_path, pretrained))
     clip = samples(1)[0]

@@ -56,7 +56,7 @@ class ConsistI2VTask:
         self.noising = Noising(self.base.scheduler, settings.seed, settings.noise.mode, settings.noise.alpha)
 
     def loss(self, network: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
-        """Mean squared error of the noise of frames 2..F."""
+        """Mean squared error of the noise, or of v where the schedule says so, of frames 2..F."""
         latents = torch.cat([self.encoder.latents(sample) for sample in samples])
         text = torch.cat([self.encoder.text(self._caption(sample)) for sample in samples])
         noisy, timesteps, target = self.noising.noised(samples, latents)

@@ -107,12 +107,6 @@ def open_base(folder: Path, frames: int, seed: int) -> BaseFolder:
     else:
         scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", CONSISTI2V.scheduler)
         network, dead = _from_video_network(state, folder / "unet")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise ValueError(
-            f"{folder / 'scheduler' / 'scheduler_config.json'} has prediction_type {prediction}, expected epsilon. "
-            "Choose the published checkpoint."
-        )
     config = {**config, "n_frames": frames}
     frozen = tuple(name for name in FROZEN if (folder / name).is_dir())
     return BaseFolder(folder, config, scheduler, scaling_factor(folder), network, dead, frozen)
