@@ -2,8 +2,10 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import comfy.model_management
 import comfy.utils
@@ -48,8 +50,46 @@ class Difference:
         return "; ".join(parts)
 
 
+def plain_network(build: Callable[[ModuleType], torch.nn.Module]) -> torch.nn.Module:
+    """Build one of ComfyUI's networks for `compare`: on the meta device and of torch's own layers.
+
+    With dynamic VRAM, ComfyUI's layers have no weights until they are loaded, so their state dict does not tell which
+    keys and shapes a file has to hold.
+
+    Args:
+        build: called with the namespace of layers, which ComfyUI's networks take as `operations`.
+    """
+    with torch.device("meta"):
+        return build(torch.nn)
+
+
+def require_fit(
+    state: Mapping[str, torch.Tensor], network: torch.nn.Module, files: Iterable[Path], config_file: Path
+) -> None:
+    """Refuse weight files whose keys or shapes are not those of the network that `config_file` describes.
+
+    Args:
+        state: what the files hold.
+        network: has all its weights, on any device; of ComfyUI's networks, what `plain_network` returns.
+
+    Raises:
+        ValueError: keys or shapes differ.
+    """
+    difference = compare(state, network)
+    if difference:
+        raise ValueError(
+            f"{', '.join(map(str, files))} does not fit {config_file}: {difference.summary()}. Restore the published "
+            "files."
+        )
+
+
 def compare(state: Mapping[str, torch.Tensor], network: torch.nn.Module) -> Difference:
-    """Compare a state dict's keys and shapes with a network's (any device, meta included)."""
+    """Compare a state dict's keys and shapes with those of a network.
+
+    Args:
+        network: has all its weights, on any device (meta included); of ComfyUI's networks, what `plain_network`
+            returns.
+    """
     expected = network.state_dict()
     return Difference(
         missing=sorted(expected.keys() - state.keys()),

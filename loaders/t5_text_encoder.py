@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.t5
@@ -13,7 +12,7 @@ import torch
 from transformers import T5TokenizerFast
 
 from .folders import read_config
-from .network import compare
+from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
 
 # Name of the encoder inside a CLIP, the one that ComfyUI gives to T5-XXL: its LoRA loaders go by it.
@@ -64,12 +63,7 @@ def load_t5_text_encoder(
     tokenizer = tokenizer_class(folder / "tokenizer", config, tokens)
     files = find_weights(folder / "text_encoder", transformers_stem(folder / "text_encoder"), prefer_half)
     state = published_keys(read_weights(files))
-    difference = compare(state, t5_on_meta(config))
-    if difference:
-        raise ValueError(
-            f"{', '.join(map(str, files))} does not fit {config_file}: {difference.summary()}. Restore the published "
-            "files."
-        )
+    require_fit(state, t5_on_meta(config), files, config_file)
     clip = comfy.sd.CLIP(
         _Target(_model_class(config, tokens, comfy.utils.weight_dtype(state)), tokenizer),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -123,8 +117,8 @@ def published_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def t5_on_meta(config: dict) -> torch.nn.Module:
-    """ComfyUI's T5 without memory for its weights."""
-    return comfy.text_encoders.t5.T5(config, torch.float32, "meta", comfy.ops.manual_cast)
+    """ComfyUI's T5 of plain layers, without memory for its weights."""
+    return plain_network(lambda layers: comfy.text_encoders.t5.T5(config, torch.float32, None, layers))
 
 
 def _model_class(config: dict, tokens: int, weight_dtype: torch.dtype) -> type:

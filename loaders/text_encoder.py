@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
+import comfy.clip_model
 import comfy.sd
 import comfy.sd1_clip
+import comfy.utils
 import folder_paths
 import torch
 
 from .folders import read_config, read_config_or
-from .network import compare
+from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
 
-PREFIX = "text_model."
+PREFIX, PROJECTION = "text_model.", "text_projection.weight"
 REQUIRED = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
 DEFAULTS = {"hidden_act": "quick_gelu", "eos_token_id": 49407}
 
@@ -44,13 +46,15 @@ def load_text_encoder(
     pad_token = _pad_token(folder / "tokenizer")
     files = find_weights(folder / "text_encoder", transformers_stem(folder / "text_encoder"), prefer_half)
     state = _published_keys(read_weights(files))
+    # A file without projection pools without it, as transformers does.
+    state.setdefault(PROJECTION, torch.eye(config["hidden_size"]).to(comfy.utils.weight_dtype(state)))
+    require_fit(state, text_model_on_meta(config), files, folder / "text_encoder" / "config.json")
     clip = comfy.sd.CLIP(
         _Target(_model_class(config, layer, pad_token), _tokenizer_class(folder / "tokenizer", config, pad_token)),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=sum(tensor.numel() for tensor in state.values()),
         disable_dynamic=disable_dynamic,
     )
-    _check_keys(files, state, clip)
     clip.load_sd(state)
     return clip
 
@@ -94,15 +98,9 @@ def _published_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {keys[key]: value for key, value in state.items() if not key.endswith("position_ids")}
 
 
-def _check_keys(files: list[Path], state: dict[str, torch.Tensor], clip: comfy.sd.CLIP) -> None:
-    transformer = clip.cond_stage_model.clip_h.transformer
-    state = {"text_projection.weight": transformer.text_projection.weight, **state}
-    difference = compare(state, transformer)
-    if difference:
-        raise ValueError(
-            f"{', '.join(map(str, files))} does not fit text_encoder/config.json: {difference.summary()}. Restore "
-            "the published files."
-        )
+def text_model_on_meta(config: dict) -> torch.nn.Module:
+    """ComfyUI's CLIP text model of plain layers, without memory for its weights."""
+    return plain_network(lambda layers: comfy.clip_model.CLIPTextModel(config, torch.float32, None, layers))
 
 
 def _model_class(config: dict, layer: str, pad_token: int | None) -> type:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import comfy.clip_model
 import comfy.clip_vision
+import torch
 
 from .folders import read_config, read_config_or
-from .network import compare
+from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
 
 # Of OpenCLIP ViT-H/14, and of transformers' CLIPVisionConfig where a published file is silent.
@@ -36,13 +38,15 @@ def load_vision_tower(folder: Path, prefer_half: bool = False) -> comfy.clip_vis
     config |= {key: statistics[key] for key in ("image_mean", "image_std") if key in statistics}
     files = find_weights(folder / "image_encoder", transformers_stem(folder / "image_encoder"), prefer_half)
     state = {key: value for key, value in read_weights(files).items() if not key.endswith("position_ids")}
+    require_fit(state, vision_tower_on_meta(config), files, config_file)
     vision = comfy.clip_vision.ClipVisionModel(config)
-    difference = compare(state, vision.model)
-    if difference:
-        names = ", ".join(map(str, files))
-        raise ValueError(f"{names} does not fit {config_file}: {difference.summary()}. Restore the published files.")
     vision.load_sd(state)
     return vision
+
+
+def vision_tower_on_meta(config: dict) -> torch.nn.Module:
+    """ComfyUI's CLIP vision tower of plain layers, without memory for its weights."""
+    return plain_network(lambda layers: comfy.clip_model.CLIPVisionModelProjection(config, torch.float32, None, layers))
 
 
 def load_vision_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):

@@ -5,6 +5,7 @@ tensors.
 """
 
 import pickle
+import struct
 from pathlib import Path
 
 import comfy.utils
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from .folders import read_config
 
 SUFFIXES = (".safetensors", ".bin")
+# What reading a damaged file raises, ComfyUI's own reader of safetensors (with dynamic VRAM) included.
+DAMAGE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, struct.error)
 HALF_TYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
@@ -101,7 +104,7 @@ def read_file(path: Path) -> dict:
             f"{path} is damaged, or holds pickled objects other than tensors, which could run code and are refused. "
             "Get the .safetensors version of this file from the original publisher."
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, TypeError, EOFError, OSError, KeyError) as error:
+    except (*DAMAGE, SafetensorError) as error:
         size = path.stat().st_size
         raise ValueError(
             f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one "

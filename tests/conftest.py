@@ -6,12 +6,33 @@ from comfy_process import comfyui_folder, enter
 
 enter()
 
+import comfy.memory_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.utils  # noqa: E402
+import comfy_aimdo.control  # noqa: E402
 import folder_paths  # noqa: E402
 import pytest  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from comfy_server import ComfyServer  # noqa: E402
 
 import tiny_checkpoints  # noqa: E402
+
+
+@pytest.fixture(params=["classic", "dynamic"])
+def memory_mode(request, monkeypatch):
+    """Runs a test twice: as ComfyUI loads on a CPU, and with what dynamic VRAM, its default on NVIDIA, does to loading.
+
+    There, layers have no weights until a state dict is loaded, and ComfyUI maps safetensors files itself. How such
+    weights are then computed with is tested on the simulated device (tests/device).
+    """
+    if request.param == "dynamic":
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+        # Where the library of the mapping is not built for this system, other readers of the format stand in.
+        if not comfy_aimdo.control.init():
+            monkeypatch.setattr(comfy.utils, "load_safetensors", lambda path: (safetensors.torch.load_file(path), {}))
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from consistent_video.loaders import audit, checkpoint, families, folders, netwo
 from consistent_video.loaders.families import CONSISID
 from native_sampling import conditioning
 
+pytestmark = pytest.mark.usefixtures("memory_mode")
+
 PUBLISHED_T5 = {
     "_name_or_path": "google/t5-v1_1-xxl",
     "architectures": ["T5EncoderModel"],

@@ -21,6 +21,8 @@ from consistent_video.loaders.face_model import (
     load_face_model,
 )
 
+pytestmark = pytest.mark.usefixtures("memory_mode")
+
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from consistent_video.loaders import assembly, audit, checkpoint, folders, netwo
 from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.models.unet3d import ModelScopeUNet
 
+pytestmark = pytest.mark.usefixtures("memory_mode")
+
 WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -209,3 +211,27 @@ def test_audit_of_a_single_file(single, unet_state):
     path = single(unet_state)
     assert f"diffusion_models/{path.name}" in audit.list_sources()
     assert "To load it: use Load Video Diffusion Model." in audit.report(f"diffusion_models/{path.name}")
+
+
+def test_a_vision_tower_of_other_weights_is_named(i2vgenxl_folder, tmp_path):
+    folder = tmp_path / "i2vgen-xl"
+    shutil.copytree(i2vgenxl_folder / "image_encoder", folder / "image_encoder")
+    path = folder / "image_encoder" / "model.safetensors"
+    state = load_file(path)
+    state["vision_model.scale"] = state.pop("vision_model.encoder.layers.0.mlp.fc1.bias")
+    state["visual_projection.weight"] = torch.zeros(3, 3)
+    save_file(state, path)
+    with pytest.raises(ValueError) as caught:
+        checkpoint.load_folder_vision(folder, "default")
+    message = str(caught.value)
+    assert str(path) in message and "Restore the published files" in message
+    assert "1 missing keys (vision_model.encoder.layers.0.mlp.fc1.bias)" in message
+    assert "1 unexpected keys (vision_model.scale)" in message and "visual_projection.weight is (3, 3)" in message
+
+
+def test_a_text_encoder_pools_as_transformers_does(modelscope_folder):
+    """Published text encoders have no projection; ComfyUI's model has one, whose weights must not be left to chance."""
+    clip = checkpoint.load_folder_clip(MODELSCOPE, modelscope_folder)
+    tokens = clip.tokenize("a cat")
+    pooled = clip.encode_from_tokens(tokens, return_pooled=True)[1]
+    assert torch.equal(pooled, clip.encode_from_tokens(tokens, return_pooled="unprojected")[1])

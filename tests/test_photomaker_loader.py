@@ -17,9 +17,12 @@ import tiny_photomaker
 import tiny_sdxl
 import torch
 from safetensors.torch import save_file
+from whole_layers import weights_from_the_start
 
 from consistent_video.loaders import photomaker as loader
 from consistent_video.models.photomaker import PhotoMaker
+
+pytestmark = pytest.mark.usefixtures("memory_mode")
 
 WIDTH = 64
 SD15_UNET = {
@@ -42,6 +45,7 @@ def sdxl_model(device="cpu"):
     return unet_model(comfy.supported_models.SDXL, comfy.model_base.SDXL, tiny_sdxl.UNET, device)
 
 
+@weights_from_the_start()
 def unet_model(config_class, model_class, unet, device="meta"):
     """A MODEL of zero weights; what the text towers and autoencoder would be is not there."""
     config = config_class(dict(unet))
@@ -72,7 +76,7 @@ def test_published_layouts_load(written):
 def test_the_encoder_is_in_comfyui_s_memory_management(written):
     photomaker = loader.load_photomaker(written)[0]
     patcher = photomaker.patcher
-    assert isinstance(patcher, comfy.model_patcher.CoreModelPatcher)
+    assert isinstance(patcher, comfy.model_patcher.ModelPatcher)
     assert patcher.load_device == photomaker.load_device == comfy.model_management.text_encoder_device()
     assert patcher.offload_device == comfy.model_management.text_encoder_offload_device()
     expected = comfy.model_management.text_encoder_dtype(patcher.load_device)

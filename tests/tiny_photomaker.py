@@ -13,6 +13,7 @@ import comfy.utils
 import tiny_sdxl
 import torch
 from safetensors.torch import save_file
+from whole_layers import weights_from_the_start
 
 from consistent_video.models.photomaker import IdEncoderV1, IdEncoderV2
 
@@ -74,6 +75,7 @@ def write_photomaker(path: Path, version: str, width: int = SDXL_WIDTH, lora: bo
     return path
 
 
+@weights_from_the_start()
 def tiny_clip(widths: tuple[int, int] = (24, 40), seed: int = 0) -> comfy.sd.CLIP:
     """SDXL's pair of text encoders with 3 layers each; `widths` are those of CLIP-L and CLIP-G."""
     clip = comfy.sd.CLIP(_Target(widths))
@@ -124,6 +126,7 @@ def _text_encoder_class(widths: tuple[int, int]) -> type:
     return TinyClip
 
 
+@weights_from_the_start()
 def _attention_shapes(unet: dict) -> dict[str, torch.Size]:
     """Diffusers' key -> shape of the projections of both kinds of attention."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -16,6 +16,7 @@ import comfy.sdxl_clip
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from whole_layers import weights_from_the_start
 
 UNET = {
     "image_size": 32,
@@ -56,6 +57,7 @@ PAINT_LAYERS = {f"first_stage_model.decoder.{name}.weight" for name in ("conv_in
 COPY_LAYERS = {"first_stage_model.post_quant_conv.weight"}
 
 
+@weights_from_the_start()
 def shapes() -> dict[str, torch.Size]:
     """Key -> shape of every tensor of the checkpoint."""
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
+from whole_layers import weights_from_the_start
 
 CONTEXT, POOLED = 16, 24
 SDXL = {
@@ -59,6 +60,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@weights_from_the_start()
 def build(family: str, seed: int = 0, **changes) -> comfy.model_patcher.ModelPatcher:
     """A ModelPatcher of "sdxl" or "sd15"; `changes` are of the network's configuration."""
     kind, config, head_channels = FAMILIES[family]
