@@ -128,6 +128,30 @@ def test_captions_may_be_kept_apart(tmp_path, folder):
     assert 'no "id"' in reason(clips, 4)
 
 
+@pytest.mark.parametrize("text", ["\\ud83d", "a boat \\ude00 at sea", "\\udcff"])
+def test_a_caption_with_half_a_character_is_skipped_and_listed(tmp_path, folder, text):
+    path = tmp_path / "annotations.jsonl"
+    rows = ['{"file": "16.mp4", "text": "%s"}' % text, '{"file": "40.mp4", "text": "a \\ud83d\\ude00"}']
+    path.write_text("\n".join(rows), encoding="utf-8")
+    clips = ClipList([Source(path, folder)])
+    assert "half of a character" in reason(clips, 0)
+    assert clips[1].text == "a \U0001f600"
+    dataset = dataset_of(clips)
+    samples = [dataset[number] for number in range(6)]
+    assert {sample.text for sample in samples} == {"a \U0001f600"}
+    skipped = SkippedClips(tmp_path / "skipped_clips.txt")
+    for sample in samples:
+        skipped.add(sample.skipped)
+    (line,) = (tmp_path / "skipped_clips.txt").read_text(encoding="utf-8").splitlines()
+    assert line.startswith(f"{path}:1\t") and "half of a character" in line
+
+
+def test_a_separate_caption_with_half_a_character_is_skipped(tmp_path, folder):
+    annotations = write_annotations(tmp_path / "annotations.jsonl", [{"id": "a", "file": "16.mp4"}])
+    captions = write_annotations(tmp_path / "captions.jsonl", [{"id": "a", "text": "cut \ud83d"}])
+    assert "half of a character" in reason(ClipList([Source(annotations, folder, captions)]), 0)
+
+
 def test_ids_with_one_digest_are_told_apart(tmp_path, folder, monkeypatch):
     monkeypatch.setattr("consistent_video.training.clip_list._digest", lambda identity: len(identity))
     rows = [{"id": name, "file": "16.mp4"} for name in ("aa", "bb", "cc")]

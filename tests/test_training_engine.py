@@ -85,6 +85,16 @@ def test_the_average_is_saved_and_training_goes_on_from_the_weights(tmp_path, pr
     assert torch.equal(resumed.network.state_dict()["conv_out.weight"], second)
 
 
+def test_the_average_of_a_continued_run_is_on_its_device(tmp_path, pretrained):
+    settings = consisti2v_settings(
+        tmp_path, pretrained, ema=True, steps=1, save_every=1, trainable_modules=["conv_out"]
+    )
+    run = train(settings)
+    run.accelerator.state.device = torch.device("meta")  # accelerate reads states into the memory of the CPU
+    run._resume()
+    assert {parameter.device.type for parameter in run.ema.shadow_params} == {"meta"}
+
+
 def test_gradients_are_clipped_and_the_rate_warms_up(tmp_path, pretrained):
     settings = consisti2v_settings(
         tmp_path, pretrained, schedule="constant_with_warmup", warmup_steps=4, steps=6, max_grad_norm=1e-12, epsilon=1.0

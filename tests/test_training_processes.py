@@ -1,5 +1,6 @@
 """Training on several processes of this machine, which talk over gloo, as a user starts it."""
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from training_runs import FRAMES, SIDE, consisti2v_settings, inference, losses, 
 import tiny_checkpoints
 from comfy_process import REPOSITORY, comfyui_folder
 from consistent_video.loaders.motion_predictor import load_motion_predictor
-from consistent_video.training.checkpoints import STATE, complete, folder_name
+from consistent_video.training.checkpoints import PROGRESS, STATE, complete, folder_name
 from consistent_video.training.settings import MotionPredictorSettings
 
 STEPS = 4
@@ -106,6 +107,12 @@ def test_two_processes_arrive_where_one_arrives(one_and_two, pretrained):
 def test_both_processes_leave_their_state(one_and_two):
     state = one_and_two[1].output / "checkpoints" / folder_name(STEPS) / STATE
     assert {"random_states_0.pkl", "random_states_1.pkl", "optimizer.bin"} <= {path.name for path in state.iterdir()}
+
+
+def test_samples_of_all_processes_are_counted(one_and_two):
+    for run in one_and_two:
+        record = run.output / "checkpoints" / folder_name(STEPS) / PROGRESS
+        assert json.loads(record.read_text(encoding="utf-8"))["samples"] == 4 * STEPS
 
 
 def test_the_clip_that_is_none_is_listed_once(one_and_two):

@@ -82,7 +82,8 @@ class ClipList(Sequence):
 
         Raises:
             IndexError: there are fewer clips.
-            UnusableClip: a malformed line, a missing key, an id without a caption, or a file that is not there.
+            UnusableClip: a malformed line, a missing key, an id without a caption, a text with half of a character, or
+                a file that is not there.
         """
         index = operator.index(index)
         if not -len(self) <= index < len(self):
@@ -118,6 +119,7 @@ class _SourceClips:
             text = self._captions.text(str(_value(where, row, "id", (int, str))), where)
         else:
             text = _value(where, row, "text", str)
+        _require_whole_characters(text, where)
         return Clip(path, text, where)
 
     def _find(self, file: str, where: str) -> Path:
@@ -201,6 +203,16 @@ def _value(where: str, row: dict, key: str, kind: type | tuple[type, ...]) -> in
     if not isinstance(row[key], kind) or isinstance(row[key], bool):
         raise UnusableClip(where, f'"{key}" should be text, found {row[key]!r}')
     return row[key]
+
+
+def _require_whole_characters(text: str, where: str) -> None:
+    """Raise UnusableClip for a text with half of a surrogate pair, such as a cut emoji, which tokenizers refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise UnusableClip(
+            where, f"the text has half of a character at position {problem.start} ({text[problem.start]!r})"
+        ) from problem
 
 
 def _digest(identity: str) -> int:
