@@ -1,15 +1,15 @@
-"""What belongs to one clip of a batch stays with it: pictures, draws, guidance; and what only files and sizes decide."""
+"""What belongs to one clip of a batch stays with it (pictures, draws, guidance); lengths of clips; rewritten files."""
 
 import os
 
 import comfy.hooks
 import comfy.sd
 import pytest
+import tiny_consisid
 import torch
 from test_i2vgenxl_parity import noise_of, picture_of
 
 import tiny_checkpoints
-import tiny_consisid
 from consistent_video.loaders import checkpoint, fingerprint
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL
 from consistent_video.models import consisti2v_conditioning, i2vgenxl_conditioning

@@ -131,7 +131,7 @@ def test_captions_may_be_kept_apart(tmp_path, folder):
 @pytest.mark.parametrize("text", ["\\ud83d", "a boat \\ude00 at sea", "\\udcff"])
 def test_a_caption_with_half_a_character_is_skipped_and_listed(tmp_path, folder, text):
     path = tmp_path / "annotations.jsonl"
-    rows = ['{"file": "16.mp4", "text": "%s"}' % text, '{"file": "40.mp4", "text": "a \\ud83d\\ude00"}']
+    rows = [f'{{"file": "16.mp4", "text": "{text}"}}', '{"file": "40.mp4", "text": "a \\ud83d\\ude00"}']
     path.write_text("\n".join(rows), encoding="utf-8")
     clips = ClipList([Source(path, folder)])
     assert "half of a character" in reason(clips, 0)
