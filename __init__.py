@@ -1,7 +1,9 @@
 """ComfyUI-ConsistentVideo: consistent pictures and video as native ComfyUI nodes."""
 
-from .nodes.extension import comfy_entrypoint
+from .nodes.entry_point import comfy_entrypoint, warn_very_old_comfyui
 
 WEB_DIRECTORY = "./web"
 
 __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
+
+warn_very_old_comfyui()

@@ -1,12 +1,16 @@
 """What was found of the face networks, as one value: FACE_MODEL."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-from .arcface import ArcFace
-from .detection import Detector
-from .eva_vision import EvaVision
-from .parsing import FaceParser
-from .retinaface import RetinaFace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what only needs the type, such as a story, does not import the networks
+    from .arcface import ArcFace
+    from .detection import Detector
+    from .eva_vision import EvaVision
+    from .parsing import FaceParser
+    from .retinaface import RetinaFace
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,10 @@ import comfy.model_patcher
 import torch
 
 from ..models.base import VideoModelConfig
-from ..models.consisid_latents import CogVideoXLatentFormat
-from ..models.latent_format import FrameLatentFormat
 from ..samplers import schedules
-from .cogvideox_vae import latent_scales
-from .families import COGVIDEOX_VAE, Family
+from .families import Family
 from .folders import check_family, read_config, read_config_or
 from .network import WEIGHT_DTYPES, build_on_meta, choose_dtypes, load_network
-from .vae import scaling_factor
 from .weights import HALF_TYPES, find_weights, read_weights
 
 
@@ -37,10 +33,17 @@ def load_folder_network(
     component = folder / family.component
     network = build_network(family, component)
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
-    state = family.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
+    state = family.parts.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
     scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", family.scheduler)
     patcher = assemble(
-        family, network, state, weight_dtype, scheduler, _latent_format(family, folder), str(component), disable_dynamic
+        family,
+        network,
+        state,
+        weight_dtype,
+        scheduler,
+        family.parts.latent_format(folder),
+        str(component),
+        disable_dynamic,
     )
     patcher.cached_patcher_init = (load_folder_network, (family, folder, weight_dtype))
     return patcher
@@ -53,18 +56,12 @@ def build_network(family: Family, component: Path) -> torch.nn.Module:
         FileNotFoundError, ValueError: the configuration is missing, damaged, or describes no working network.
     """
     config_file = component / "config.json"
-    return build_on_meta(family.network, family.read_fields(read_config(config_file)), str(config_file))
+    return build_on_meta(family.network, family.parts.read_fields(read_config(config_file)), str(config_file))
 
 
 def published_latent_format(family: Family) -> comfy.latent_formats.LatentFormat:
     """The family's latent space, scaled as published."""
-    return CogVideoXLatentFormat() if family.autoencoder == COGVIDEOX_VAE else FrameLatentFormat()
-
-
-def _latent_format(family: Family, folder: Path) -> comfy.latent_formats.LatentFormat:
-    if family.autoencoder == COGVIDEOX_VAE:
-        return CogVideoXLatentFormat(*latent_scales(folder))
-    return FrameLatentFormat(scaling_factor(folder))
+    return family.parts.latent_format(None)
 
 
 def assemble(
@@ -98,7 +95,7 @@ def assemble(
         config,
         scheduler,
         schedules.table_sigmas(scheduler),
-        lambda operations: load_network(network, state, dtype, operations, family.replacements, source),
+        lambda operations: load_network(network, state, dtype, operations, family.parts.replacements, source),
     )
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload_device = comfy.model_management.unet_offload_device()

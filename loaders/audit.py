@@ -61,7 +61,7 @@ def _report_folder(folder: Path) -> list[str]:
     files = find_weights(folder / family.component, "diffusion_pytorch_model")
     network = build_network(family, folder / family.component)
     lines = [f"Family: {family.title}", f"Network files: {', '.join(file.name for file in files)}"]
-    lines += _report_state(family.prepare(read_weights(files)), network, family.loader)
+    lines += _report_state(family.parts.prepare(read_weights(files)), network, family.loader)
     return lines + [_report_component(family, folder, name) for name in COMPONENTS if (folder / name).exists()]
 
 
@@ -84,7 +84,7 @@ def _report_file(path: Path) -> list[str]:
             "To load it: use the node made for this model.",
         ]
     network = build_on_meta(family.network, single_file.network_config(family, state), str(path))
-    state = family.prepare(state)
+    state = family.parts.prepare(state)
     return [f"Family: {family.title}", *_report_state(state, network, "Load Video Diffusion Model")]
 
 

@@ -7,13 +7,9 @@ import comfy.model_patcher
 import comfy.sd
 
 from .assembly import load_folder_network
-from .cogvideox_vae import load_cogvideox_vae, load_cogvideox_vae_patcher
-from .families import COGVIDEOX_VAE, T5, Family
+from .families import T5, Family
 from .folders import read_config
 from .network import WEIGHT_DTYPES
-from .t5_text_encoder import load_t5_patcher, load_t5_text_encoder
-from .text_encoder import load_text_encoder, load_text_encoder_patcher
-from .vae import load_vae, load_vae_patcher
 from .vision import load_vision_patcher, load_vision_tower
 from .weights import HALF_TYPES
 
@@ -45,13 +41,12 @@ def load_folder_clip(family: Family, folder: Path, prefer_half: bool = False) ->
     Raises:
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit its configuration.
     """
-    load, load_patcher, layer_or_tokens = load_text_encoder, load_text_encoder_patcher, family.text_layer
+    layer_or_tokens = family.text_layer
     if family.text_encoder == T5:
         config = read_config(folder / family.component / "config.json")
-        load, load_patcher = load_t5_text_encoder, load_t5_patcher
         layer_or_tokens = config.get("max_text_seq_length", TEXT_TOKENS)
-    clip = load(folder, layer_or_tokens, prefer_half)
-    clip.patcher.cached_patcher_init = (load_patcher, (folder, layer_or_tokens, prefer_half))
+    clip = family.parts.load_text_encoder(folder, layer_or_tokens, prefer_half)
+    clip.patcher.cached_patcher_init = (family.parts.load_text_encoder_patcher, (folder, layer_or_tokens, prefer_half))
     return clip
 
 
@@ -61,11 +56,8 @@ def load_folder_vae(family: Family, folder: Path, prefer_half: bool = False) -> 
     Raises:
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit its configuration.
     """
-    load, load_patcher = load_vae, load_vae_patcher
-    if family.autoencoder == COGVIDEOX_VAE:
-        load, load_patcher = load_cogvideox_vae, load_cogvideox_vae_patcher
-    vae = load(folder, prefer_half)
-    vae.patcher.cached_patcher_init = (load_patcher, (folder, prefer_half))
+    vae = family.parts.load_vae(folder, prefer_half)
+    vae.patcher.cached_patcher_init = (family.parts.load_vae_patcher, (folder, prefer_half))
     return vae
 
 

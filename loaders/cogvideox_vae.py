@@ -6,6 +6,7 @@ import comfy.ops
 
 from ..models.cogvideox_vae import CogVideoXVAE
 from ..models.cogvideox_vae_chunks import ChunkedAutoencoder, replacements
+from ..models.consisid_latents import CogVideoXLatentFormat
 from .folders import read_config
 from .network import build_on_meta, load_network
 from .weights import find_weights, read_weights
@@ -54,3 +55,8 @@ def latent_scales(folder: Path) -> tuple[float, float]:
     config = read_config(folder / "vae" / "config.json")
     scale = config.get("scaling_factor", 1.15258426)
     return scale, 1 / scale if config.get("invert_scale_latents") else scale
+
+
+def clip_latent_format(folder: Path | None) -> CogVideoXLatentFormat:
+    """The latent space of the VAE of `folder`, or the published one if that is None."""
+    return CogVideoXLatentFormat() if folder is None else CogVideoXLatentFormat(*latent_scales(folder))

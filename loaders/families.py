@@ -1,22 +1,20 @@
-"""The published model families: how each is recognised, what it is made of, and where it is published."""
+"""The published model families: how each is recognised, what it is made of, and where it is published.
+
+A family's code (`parts_<name>.py` and what it imports) is imported when it is first needed, so that one that a newer
+ComfyUI breaks leaves the others alone.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 
 import torch
 
-from ..models import consisid_transformer, unet3d
-from ..models.consisid import ConsisIDModel
-from ..models.consisti2v import ConsistI2VModel
-from ..models.consisti2v_unet import ConsistI2VUNet, drop_dead_keys
-from ..models.i2vgenxl import I2VGenXLModel
-from ..models.i2vgenxl_unet import I2VGenXLUNet
-from ..models.modelscope import ModelScopeModel
-from ..models.unet3d import ModelScopeUNet
-from . import consisid_config
+from .family_parts import Parts
+from .host import blame
 
 CLIP, T5 = "CLIP", "T5"
-FRAME_VAE, COGVIDEOX_VAE = "AutoencoderKL", "AutoencoderKLCogVideoX"
 
 
 @dataclass(frozen=True)
@@ -31,19 +29,12 @@ class Family:
         component: sub-folder of the network in a diffusers folder.
         network_class: `_class_name` in that folder's config.json.
         marker: state dict key that tells the network from the other families'.
-        network: our class of the network; built from config.json.
-        model: how ComfyUI calls it.
         text_layer: hidden state of the text encoder that it takes, "last" or "penultimate".
         scheduler: scheduler/scheduler_config.json as published, for files that carry none.
         dtypes: types it computes well in, preferred first.
         blocks: end of its block types' names, "3D" or "2D"; 2-D blocks count heads, of 64 channels as published.
-        prepare: takes published keys that the network has no place for out of a state dict.
-        read_fields: takes fields that mean something else to the network than to its publishers out of config.json.
-        describe: configuration of the network with these weights; None: that of a UNet.
-        replacements: diffusers class of a module -> ours.
         width: channels of the network's first block by its configuration.
         text_encoder: `CLIP` or `T5`.
-        autoencoder: `FRAME_VAE` or `COGVIDEOX_VAE`.
     """
 
     name: str
@@ -53,19 +44,38 @@ class Family:
     component: str
     network_class: str
     marker: str
-    network: type
-    model: type
     text_layer: str
     scheduler: dict
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
     blocks: str = "3D"
-    prepare: Callable[[dict], dict] = dict
-    read_fields: Callable[[dict], dict] = dict
-    describe: Callable[[Mapping[str, torch.Tensor]], dict] | None = None
-    replacements: dict[type, type] = field(default_factory=lambda: unet3d.REPLACEMENTS)
     width: Callable[[Mapping], int] = lambda config: config.block_out_channels[0]
     text_encoder: str = CLIP
-    autoencoder: str = FRAME_VAE
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The family's code; errors of `import_parts`."""
+        return self.import_parts()
+
+    def import_parts(self) -> Parts:
+        """Import the family's code.
+
+        Raises:
+            RuntimeError: it cannot be imported in this ComfyUI.
+        """
+        try:
+            return import_module(f".parts_{self.name}", __package__).PARTS
+        except Exception as error:
+            raise RuntimeError(f"{self.title} cannot be used: {blame(error)}") from error
+
+    @property
+    def network(self) -> type:
+        """As of `Parts`."""
+        return self.parts.network
+
+    @property
+    def model(self) -> type:
+        """As of `Parts`."""
+        return self.parts.model
 
 
 MODELSCOPE = Family(
@@ -76,8 +86,6 @@ MODELSCOPE = Family(
     component="unet",
     network_class="UNet3DConditionModel",
     marker="transformer_in.norm.weight",
-    network=ModelScopeUNet,
-    model=ModelScopeModel,
     text_layer="last",
     scheduler={
         "_class_name": "DDIMScheduler",
@@ -100,8 +108,6 @@ I2VGENXL = Family(
     component="unet",
     network_class="I2VGenXLUNet",
     marker="image_latents_proj_in.0.weight",
-    network=I2VGenXLUNet,
-    model=I2VGenXLModel,
     text_layer="penultimate",
     scheduler={
         "_class_name": "DDIMScheduler",
@@ -127,8 +133,6 @@ CONSISTI2V = Family(
     component="unet",
     network_class="VideoLDMUNet3DConditionModel",
     marker="frame_stride_embedding.linear_1.weight",
-    network=ConsistI2VUNet,
-    model=ConsistI2VModel,
     text_layer="last",
     scheduler={
         "_class_name": "DDIMScheduler",
@@ -143,7 +147,6 @@ CONSISTI2V = Family(
         "timestep_spacing": "leading",
     },
     blocks="2D",
-    prepare=drop_dead_keys,
 )
 
 CONSISID = Family(
@@ -154,8 +157,6 @@ CONSISID = Family(
     component="transformer",
     network_class="ConsisIDTransformer3DModel",
     marker="local_facial_extractor.latents",
-    network=consisid_transformer.ConsisIDTransformer,
-    model=ConsisIDModel,
     text_layer="last",
     scheduler={
         "_class_name": "CogVideoXDPMScheduler",
@@ -172,12 +173,8 @@ CONSISID = Family(
         "timestep_spacing": "trailing",
     },
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    read_fields=consisid_transformer.read_fields,
-    describe=consisid_config.network_config,
-    replacements=consisid_transformer.REPLACEMENTS,
     width=lambda config: config.num_attention_heads * config.attention_head_dim,
     text_encoder=T5,
-    autoencoder=COGVIDEOX_VAE,
 )
 
 # Families that share keys come after those with a marker of their own.

@@ -58,8 +58,8 @@ def detect_family(state: Mapping[str, torch.Tensor]) -> Family | None:
 
 def network_config(family: Family, state: Mapping[str, torch.Tensor]) -> dict:
     """The configuration of a family's network read from its shapes; what shapes do not tell is as published."""
-    if family.describe is not None:
-        return family.describe(state)
+    if family.parts.describe is not None:
+        return family.parts.describe(state)
     down = _count(state, "down_blocks.{}.resnets.0.conv1.weight")
     attention = [f"down_blocks.{level}.attentions.0.proj_in.weight" in state for level in range(down)]
     text = next(
@@ -110,7 +110,7 @@ def load_file(
     """
     state = network_keys(read_weights([path]), str(path))
     family = choose_family(path, state, family_name)
-    state = family.prepare(state)
+    state = family.parts.prepare(state)
     network = build_on_meta(family.network, network_config(family, state), str(path))
     latent_format = published_latent_format(family)
     patcher = assemble(

@@ -6,6 +6,7 @@ import comfy.diffusers_convert
 import comfy.ldm.models.autoencoder
 
 from ..models.frame_vae import FrameVAE
+from ..models.latent_format import FrameLatentFormat
 from .folders import read_config
 from .network import plain_network, require_fit
 from .weights import find_weights, read_weights
@@ -64,3 +65,8 @@ def _autoencoder_settings(config: dict, path: Path) -> dict:
 def scaling_factor(folder: Path) -> float:
     """Scale of this VAE's latents for the network."""
     return read_config(folder / "vae" / "config.json").get("scaling_factor", PUBLISHED_SCALING_FACTOR)
+
+
+def frame_latent_format(folder: Path | None) -> FrameLatentFormat:
+    """The latent space of the VAE of `folder`, or the published one if that is None."""
+    return FrameLatentFormat() if folder is None else FrameLatentFormat(scaling_factor(folder))

@@ -4,10 +4,9 @@ import comfy.conds
 import comfy.model_management
 import torch
 
+from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
 from .unet3d_model import UNet3DModel
 
-FIRST_FRAME = "consisti2v_first_frame"
-FRAME_STRIDE = "consisti2v_frame_stride"
 NOISY = "consisti2v_noisy_first_frame"
 
 

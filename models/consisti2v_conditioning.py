@@ -4,11 +4,13 @@ import comfy.sd
 import node_helpers
 import torch
 
-from .consisti2v import FIRST_FRAME, FRAME_STRIDE
 from .consisti2v_picture import moving_crops
 from .frame_vae import FrameVAE, over_frames
 from .i2vgenxl_picture import check_pictures
 
+# Keys of a conditioning entry; here so that the nodes do not import the network.
+FIRST_FRAME = "consisti2v_first_frame"
+FRAME_STRIDE = "consisti2v_frame_stride"
 STRIDES = (1, 60)
 
 

@@ -4,11 +4,8 @@ import comfy.conds
 import comfy.model_management
 import torch
 
+from .i2vgenxl_conditioning import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
 from .unet3d_model import UNet3DModel
-
-IMAGE_LATENT = "i2vgenxl_image_latent"
-IMAGE_EMBEDDING = "i2vgenxl_image_embedding"
-FPS = "i2vgenxl_fps"
 
 
 def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:

@@ -6,9 +6,12 @@ import node_helpers
 import torch
 
 from .frame_vae import FrameVAE, over_frames
-from .i2vgenxl import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
 from .i2vgenxl_picture import check_pictures, first_frames, vision_pictures
 
+# Keys of a conditioning entry; here so that the nodes do not import the network.
+IMAGE_LATENT = "i2vgenxl_image_latent"
+IMAGE_EMBEDDING = "i2vgenxl_image_embedding"
+FPS = "i2vgenxl_fps"
 ENCODINGS = ("sample", "mode")
 
 

@@ -9,9 +9,8 @@ from ..loaders.families import CONSISID
 from ..models import consisid_conditioning
 from ..patches import step_cache
 from ..samplers import latents
-from .loaders import CATEGORY as LOADERS
-from .loaders import checkpoint_input, weight_dtype_input
-from .patches import CATEGORY as PATCHES
+from .loader_inputs import CATEGORY as LOADERS
+from .loader_inputs import checkpoint_input, weight_dtype_input
 from .types import FACE_EMBEDS
 
 CATEGORY = "ConsistentVideo/conditioning"
@@ -144,7 +143,7 @@ class StepCache(io.ComfyNode):
         return io.Schema(
             node_id="ConsistentVideoStepCache",
             display_name="Step Cache",
-            category=PATCHES,
+            category="ConsistentVideo/patches",
             description="Faster ConsisID clips: steps in which the noise level changes little reuse what the network "
             "predicted before, after the idea of TeaCache. The clip is then not the same as that of all steps.",
             search_aliases=["teacache", "easycache", "cache", "faster", "speed", "skip steps", "consisid"],

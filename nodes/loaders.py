@@ -4,33 +4,9 @@ from comfy_api.latest import io, ui
 
 from ..loaders import audit, fingerprint, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
-from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE, Family
-from ..loaders.network import WEIGHT_DTYPES
+from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE
 from ..models.frame_vae import over_frames
-
-CATEGORY = "ConsistentVideo/loaders"
-
-WEIGHT_DTYPE_TOOLTIP = (
-    "Type in which the network's weights are kept. default: what ComfyUI finds best for this device. "
-    "fp16 and bf16 halve, fp8_e4m3fn quarters the size of fp32."
-)
-
-
-def weight_dtype_input() -> io.Combo.Input:
-    """The widget that every network loader has."""
-    return io.Combo.Input(
-        "weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=WEIGHT_DTYPE_TOOLTIP, advanced=True
-    )
-
-
-def checkpoint_input(family: Family, components: str) -> io.Combo.Input:
-    """The widget that chooses a folder of a family."""
-    return io.Combo.Input(
-        "checkpoint",
-        options=folders.list_checkpoints(family),
-        tooltip=f"Folder under models/diffusers with sub-folders {components}, scheduler; "
-        f"published as {family.repository}.",
-    )
+from .loader_inputs import CATEGORY, checkpoint_input, weight_dtype_input
 
 
 class ModelScopeLoader(io.ComfyNode):

@@ -6,7 +6,7 @@ from ..faces.photomaker_faces import faces_for_photomaker
 from ..patches.token_sharing import Sharing
 from ..story import conditioning, sampling, script, styles
 from ..story.plan import describe
-from .patches import rate_inputs, schedule_inputs, variant_inputs
+from .sharing_inputs import rate_inputs, schedule_inputs, variant_inputs
 from .types import CHARACTER_BANK, FACE_EMBEDS, FACE_MODEL, PHOTOMAKER, STORY
 
 CATEGORY = "ConsistentVideo/story"

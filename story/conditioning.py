@@ -9,7 +9,6 @@ import torch
 
 from ..faces.class_tokens import TRIGGER
 from ..faces.delayed_merge import delayed
-from ..faces.photomaker import encode_tensors
 from .lines import find_tags
 from .script import Panel, Story
 
@@ -73,6 +72,8 @@ def encode_panel(
     """
     if identity is None or not panel.characters:
         return encode_text(clip, story.prompt(panel), width, height)
+    from ..faces.photomaker import encode_tensors  # stories without people's pictures do not need PhotoMaker
+
     pictures = _pictures_of(story, panel, len(identity.images))
     chosen = [picture for share in pictures for picture in share]
     try:

@@ -1,0 +1,18 @@
+"""The code of ModelScope text-to-video."""
+
+from ..models import unet3d
+from ..models.modelscope import ModelScopeModel
+from .family_parts import Parts
+from .text_encoder import load_text_encoder, load_text_encoder_patcher
+from .vae import frame_latent_format, load_vae, load_vae_patcher
+
+PARTS = Parts(
+    network=unet3d.ModelScopeUNet,
+    model=ModelScopeModel,
+    replacements=unet3d.REPLACEMENTS,
+    load_text_encoder=load_text_encoder,
+    load_text_encoder_patcher=load_text_encoder_patcher,
+    load_vae=load_vae,
+    load_vae_patcher=load_vae_patcher,
+    latent_format=frame_latent_format,
+)
