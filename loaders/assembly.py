@@ -83,7 +83,7 @@ def assemble(
     Raises:
         ValueError: the weights do not fit the network, or the schedule is not one that can be computed.
     """
-    dtype, manual_cast_dtype = choose_dtypes(state, weight_dtype, list(family.dtypes))
+    dtype, manual_cast_dtype = choose_dtypes(state, weight_dtype, list(family.dtypes), family.title)
     config = VideoModelConfig(
         dtype,
         manual_cast_dtype,

@@ -172,7 +172,8 @@ CONSISID = Family(
         "snr_shift_scale": 1.0,
         "timestep_spacing": "trailing",
     },
-    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    # trained in bfloat16; in float16 networks of this class give black frames (zai-org/CogVideo, issues 559 and 637)
+    dtypes=(torch.bfloat16, torch.float32),
     width=lambda config: config.num_attention_heads * config.attention_head_dim,
     text_encoder=T5,
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import comfy.cli_args
 import comfy.model_management
 import comfy.utils
 import torch
@@ -160,18 +161,61 @@ def _storage_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def choose_dtypes(
-    state: dict[str, torch.Tensor], weight_dtype: str, supported: list[torch.dtype]
+    state: dict[str, torch.Tensor], weight_dtype: str, supported: list[torch.dtype], title: str = "The network"
 ) -> tuple[torch.dtype, torch.dtype | None]:
-    """Types of storage and of computation (None: the same) for these weights on the current device, by ComfyUI's rules.
+    """Types of storage and of computation (None: the same) for these weights on the current device.
+
+    ComfyUI's rules, except that a network computes in a type outside of `supported` only where ComfyUI was started with
+    an option that says so. A device without a 16-bit type of `supported` computes in float32, from weights that keep
+    the 16 bits of their file.
 
     Args:
         weight_dtype: a key of `WEIGHT_DTYPES`.
         supported: types the network computes well in, preferred first.
+        title: name of the network in log lines.
     """
-    dtype = WEIGHT_DTYPES[weight_dtype]
-    if dtype is None:
-        parameters = comfy.utils.calculate_parameters(state)
-        dtype = comfy.model_management.unet_dtype(
-            model_params=parameters, supported_dtypes=supported, weight_dtype=comfy.utils.weight_dtype(state)
+    management, args = comfy.model_management, comfy.cli_args.args
+    device = management.get_torch_device()
+    dtype = WEIGHT_DTYPES[weight_dtype] or _default_dtype(state, supported, device)
+    cast = management.unet_manual_cast(dtype, device, supported)
+    if torch.float16 in supported:
+        return dtype, cast
+    if (cast or dtype) == torch.float16:
+        if args.fp16_unet or args.force_fp16:
+            logging.warning(
+                "%s computes in float16, because ComfyUI was started with --%s. It was trained in bfloat16, and in "
+                "float16 networks of its class give black frames: leave the option out if this one does.",
+                title,
+                "force-fp16" if args.force_fp16 else "fp16-unet",
+            )
+            return dtype, cast
+        cast = torch.bfloat16 if management.should_use_bf16(device) else torch.float32
+    if not management.is_device_cpu(device):
+        _log_computation(title, dtype, cast or dtype, device)
+    return dtype, cast
+
+
+def _default_dtype(state: dict[str, torch.Tensor], supported: list[torch.dtype], device: torch.device) -> torch.dtype:
+    """Type of storage where the user left it open."""
+    management, args, in_file = comfy.model_management, comfy.cli_args.args, comfy.utils.weight_dtype(state)
+    dtype = management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=[torch.float16, *supported] if args.force_fp16 else supported,
+        weight_dtype=in_file,
+    )
+    # float32 would only double what was loaded: ComfyUI takes it for speed where it fits, and this network is large
+    half = in_file in (torch.float16, torch.bfloat16)
+    no_half = dtype == torch.float32 and torch.float16 not in supported and not args.fp32_unet
+    return in_file if half and no_half and not management.is_device_cpu(device) else dtype
+
+
+def _log_computation(title: str, stored: torch.dtype, computed: torch.dtype, device: torch.device) -> None:
+    name = str(computed).removeprefix("torch.")
+    if stored == torch.float16:
+        logging.warning(
+            "%s stores its weights in float16 but computes in %s: in float16 networks of its class give black frames.",
+            title,
+            name,
         )
-    return dtype, comfy.model_management.unet_manual_cast(dtype, comfy.model_management.get_torch_device(), supported)
+    elif computed == torch.float32 and not comfy.model_management.should_use_bf16(device):
+        logging.info("%s computes in float32, which takes longer: ComfyUI finds no bfloat16 on this device.", title)

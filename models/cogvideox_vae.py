@@ -13,6 +13,8 @@ import torch
 from .cogvideox_vae_chunks import ChunkedAutoencoder
 from .cogvideox_vae_memory import compression_of_space, compression_of_time, memory_functions
 
+DTYPES = (torch.bfloat16, torch.float32)
+
 
 class CogVideoXVAE(comfy.sd.VAE):
     """`comfy.sd.VAE` over `ChunkedAutoencoder`, for ComfyUI's VAE Decode / Encode nodes, tiled or not.
@@ -32,7 +34,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         latent_channels = config["latent_channels"]
         with torch.device("meta"):
             native = comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=latent_channels)
-            super().__init__(sd=native.state_dict())
+            super().__init__(sd=native.state_dict(), dtype=_computation_dtype())
         self.first_stage_model = load(self.vae_dtype)
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
         offload_device = comfy.model_management.vae_offload_device()
@@ -134,6 +136,18 @@ class CogVideoXVAE(comfy.sd.VAE):
                 f"{tuple(latents.shape)}. Connect latents of a CogVideoX-class network, or the VAE that belongs to "
                 "these latents."
             )
+
+
+def _computation_dtype() -> torch.dtype:
+    """Type that the autoencoder computes in on ComfyUI's device for VAEs, unless an option names another.
+
+    ComfyUI would choose float16 on devices without bfloat16. The autoencoders of the 5B class were trained in bfloat16
+    and are published without a word for float16, whose range their activations may leave, so float32 it is there.
+    """
+    dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device(), list(DTYPES))
+    if dtype not in DTYPES:
+        logging.warning("CogVideoX VAE: computes in float16, as an option of ComfyUI asks; frames may come out black.")
+    return dtype
 
 
 class _Moments:
