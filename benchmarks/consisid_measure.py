@@ -35,7 +35,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from unet3d_measure import CallPeak, gemm_peak, random_state
 
-from consistent_video.models import consisid_blocks, consisid_identity
 from consistent_video.models.adopt import adopt
 from consistent_video.models.consisid_transformer import REPLACEMENTS, ConsisIDTransformer
 
@@ -199,15 +198,12 @@ def compare(step: Step, fewest: int, deadline: float, peaks: list[float]) -> dic
 
 def default_attention(step: Step) -> float:
     """Processor seconds of one of our steps with the attention that ComfyUI chooses on a CPU without an option."""
-    modules = (consisid_blocks, consisid_identity)
-    chosen = consisid_blocks.optimized_attention
-    for module in modules:
-        module.optimized_attention = comfy.ldm.modules.attention.attention_sub_quad
+    backends = comfy.ldm.modules.attention
+    chosen, backends.optimized_attention = backends.optimized_attention, backends.attention_sub_quad
     try:
         return measure(step.ours).cpu
     finally:
-        for module in modules:
-            module.optimized_attention = chosen
+        backends.optimized_attention = chosen
 
 
 def published_peaks() -> dict[str, float]:
@@ -280,7 +276,7 @@ def main(name: str, path: Path, seconds: float, threads: int) -> None:
         "versions": versions,
         "blocks": {"built": BUILT, "published": DEPTH},
         "attention": {
-            "used": consisid_blocks.optimized_attention.__name__,
+            "used": comfy.ldm.modules.attention.optimized_attention.__name__,
             "comfyui_default": "attention_sub_quad",
             "comfyui_default_cpu_seconds": slower,
         },

@@ -30,7 +30,6 @@ from diffusers import UNet3DConditionModel
 from interleaved import Pairs, measure, quartiles
 from torch.utils.flop_counter import FlopCounterMode
 
-from consistent_video.models import transformer
 from consistent_video.models.adopt import adopt
 from consistent_video.models.i2vgenxl_unet import I2VGenXLUNet
 from consistent_video.models.unet3d import REPLACEMENTS, ModelScopeUNet
@@ -165,12 +164,12 @@ def compare(case: Case, fewest: int, deadline: float, peaks: list[float]) -> dic
 
 def default_attention(case: Case) -> float:
     """Seconds of one call with the attention that ComfyUI chooses on a CPU when no option is given."""
-    chosen = transformer.optimized_attention
-    transformer.optimized_attention = comfy.ldm.modules.attention.attention_sub_quad
+    backends = comfy.ldm.modules.attention
+    chosen, backends.optimized_attention = backends.optimized_attention, backends.attention_sub_quad
     try:
         return measure(case.ours).wall
     finally:
-        transformer.optimized_attention = chosen
+        backends.optimized_attention = chosen
 
 
 def show(name: str, reference: str, found: dict, peak: float) -> None:
@@ -210,7 +209,7 @@ def main(name: str, path: Path, seconds: float, threads: int) -> None:
     peak = max(peaks)
     for case in (small.name, large.name):
         show(case, type(networks[0]).__name__, results[case], peak)
-    backend = transformer.optimized_attention.__name__
+    backend = comfy.ldm.modules.attention.optimized_attention.__name__
     print(f"\nGEMM peak {peak:.0f} GFLOP/s on {torch.get_num_threads()} threads; attention: {backend}")
     print(f"with ComfyUI's CPU default (attention_sub_quad), {small.name}: {slower:.2f} s")
     machine = {

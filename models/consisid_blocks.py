@@ -8,13 +8,14 @@ import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
-from comfy.ldm.modules.attention import optimized_attention
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDBlock
 from torch.nn.functional import gelu, linear
+
+from .attention import attend
 
 # Rows per feed-forward chunk: bounds the hidden layer, which is four times as wide. On a CPU it stays near the caches.
 CPU_ROWS = 512
@@ -34,9 +35,7 @@ class JointAttention(Attention):
         query = self._heads(self.to_q(hidden), self.norm_q, rotary)
         key = self._heads(self.to_k(hidden), self.norm_k, rotary)
         value = self._heads(self.to_v(hidden))
-        attended = optimized_attention(
-            query, key, value, self.heads, skip_reshape=True, transformer_options=transformer_options
-        )
+        attended = attend(query, key, value, self.heads, skip_reshape=True, transformer_options=transformer_options)
         return self.to_out[0](attended)
 
     def _heads(

@@ -2,12 +2,13 @@
 
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from diffusers.models.transformers.consisid_transformer_3d import (
     LocalFacialExtractor,
     PerceiverAttention,
     PerceiverCrossAttention,
 )
+
+from .attention import attend
 
 
 class ResamplerAttention(PerceiverAttention):
@@ -17,7 +18,7 @@ class ResamplerAttention(PerceiverAttention):
         """Attend `latents` (B, Q, D) to `image_embeds` (B, S, D) and to themselves."""
         latents = self.norm2(latents)
         keys, values = self.to_kv(torch.cat((self.norm1(image_embeds), latents), dim=1)).chunk(2, dim=-1)
-        return self.to_out(optimized_attention(self.to_q(latents), keys, values, self.heads))
+        return self.to_out(attend(self.to_q(latents), keys, values, self.heads))
 
 
 class FaceExtractor(LocalFacialExtractor):
@@ -57,7 +58,7 @@ class FaceAttention(PerceiverCrossAttention):
         """What picture tokens (B, N, C) take from projected identity tokens of each clip, or of one face for all."""
         keys, values = keys_values.expand(hidden.shape[0], -1, -1).chunk(2, dim=-1)
         query = self.to_q(self.norm2(hidden))
-        attended = optimized_attention(query, keys, values, self.heads, transformer_options=transformer_options)
+        attended = attend(query, keys, values, self.heads, transformer_options=transformer_options)
         return self.to_out(attended)
 
 

@@ -6,8 +6,8 @@ the 3x3 window around the pixel. Layers as in ConsistI2V (Ren et al. 2024, arXiv
 
 import comfy.model_management
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 
+from .attention import attend
 from .transformer import OptimizedAttention
 
 ROTARY_BASE = 10000.0
@@ -30,7 +30,7 @@ class ClipAttention(OptimizedAttention):
     ) -> torch.Tensor:
         """Attention of queries (N, L, C) over keys and values (N, S, C), projected to (N, L, C)."""
         # scores of SD 2's text encoder width overflow 16 bits where a backend stores them (as in ComfyUI's own SD 2)
-        attended = optimized_attention(
+        attended = attend(
             queries,
             keys,
             values,

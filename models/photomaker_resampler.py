@@ -6,8 +6,9 @@ from the face embedding.
 """
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from torch import nn
+
+from .attention import attend
 
 
 class PerceiverAttention(nn.Module):
@@ -26,7 +27,7 @@ class PerceiverAttention(nn.Module):
         """(N, P, width) and (N, Q, width) -> (N, Q, width)."""
         picture, queries = self.norm1(picture), self.norm2(queries)
         keys, values = self.to_kv(torch.cat([picture, queries], dim=1)).chunk(2, dim=-1)
-        return self.to_out(optimized_attention(self.to_q(queries), keys, values, self.heads))
+        return self.to_out(attend(self.to_q(queries), keys, values, self.heads))
 
 
 class Resampler(nn.Module):

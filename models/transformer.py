@@ -8,11 +8,12 @@ and all frames of a clip share them as one long query instead of repeating them 
 import comfy.model_management
 import comfy.ops
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import gelu, linear
+
+from .attention import attend
 
 # Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 512 rows stays near the caches; on other devices
 # chunks only bound memory.
@@ -26,9 +27,7 @@ class OptimizedAttention(Attention):
     def forward(self, hidden: torch.Tensor, keys_values: tuple | None = None, transformer_options: dict | None = None):
         """Attend `hidden` (N, L, C) to itself, or to projected `keys_values`, two tensors (N, S, heads * dim)."""
         keys, values = (self.to_k(hidden), self.to_v(hidden)) if keys_values is None else keys_values
-        attended = optimized_attention(
-            self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {}
-        )
+        attended = attend(self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {})
         return self.to_out[0](attended)
 
     def project(self, context: torch.Tensor) -> torch.Tensor:
