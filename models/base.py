@@ -14,6 +14,9 @@ MODEL_TYPES = {
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
 }
 
+# Key of a prompt's extras: the sigma that the run starts at, which Image and Text Guider tells its third branch.
+FIRST_SIGMA = "consistent_video_first_sigma"
+
 
 class VideoModelConfig(comfy.supported_models_base.BASE):
     """What ComfyUI asks about a model.

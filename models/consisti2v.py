@@ -2,8 +2,10 @@
 
 import comfy.conds
 import comfy.model_management
+import comfy.utils
 import torch
 
+from .base import FIRST_SIGMA
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
 from .unet3d_model import UNet3DModel
 
@@ -32,7 +34,7 @@ class ConsistI2VModel(UNet3DModel):
         conds = super().extra_conds(**kwargs)
         first = self._first_frame(**kwargs)
         conds["clean_first_frame"] = comfy.conds.CONDRegular(first)
-        seen = kwargs["noise"][:, :, :1] if kwargs.get(NOISY) else first
+        seen = self._noisy_first_frame(first, **kwargs) if kwargs.get(NOISY) else first
         conds["first_frame_latents"] = comfy.conds.CONDRegular(seen.to(first))
         stride = torch.full((first.shape[0],), float(kwargs[FRAME_STRIDE]), device=first.device)
         conds["frame_stride"] = comfy.conds.CONDRegular(stride)
@@ -40,6 +42,19 @@ class ConsistI2VModel(UNet3DModel):
         if kwargs.get("hooks") is None:
             conds["text_keys_values"] = comfy.conds.CONDCrossAttn(self.diffusion_model.project_text(text))
         return conds
+
+    def _noisy_first_frame(self, first: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The initial noise (B, 4, 1, h, w) of the first frame.
+
+        A run that goes on with an unfinished clip has no noise. Its first frame then holds it: with the clean one as
+        the prediction of every step, the state that began as noise at sigma s0 is first + sigma * (noise - first / s0).
+        The highest sigma of the model stands for s0, which this run cannot know.
+        """
+        noise, latent, sigma = kwargs["noise"][:, :, :1], kwargs.get("latent_image"), kwargs.get(FIRST_SIGMA)
+        if latent is None or sigma is None or noise.any() or not latent.any():
+            return noise
+        first = comfy.utils.repeat_to_batch_size(first, len(noise))
+        return (latent[:, :, :1] - first) / sigma + first / self.model_sampling.sigma_max
 
     def _first_frame(self, **kwargs) -> torch.Tensor:
         """The scaled latent (N, 4, 1, h, w) of the first frame."""

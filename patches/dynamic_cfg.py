@@ -63,16 +63,21 @@ class DynamicGuidance:
         if cfg <= 1:  # no guidance, and ComfyUI has not evaluated the negative prompt
             return args["denoised"]
         sampling, sigma = args["model"].model_sampling, args["sigma"]
-        timestep = int(sampling.timestep(sigma.flatten()[:1]).item())
-        # Guidance is computed again rather than corrected, because another node's function may stand in for it.
+        timestep, total = int(sampling.timestep(sigma.flatten()[:1]).item()), len(sampling.sigmas)
+        # What other nodes put in the place of the guidance is asked again, and what the guider added to it stays.
+        usual, changed = (self._guided(args, strength) for strength in (cfg, self.scale(cfg, timestep, total)))
+        return args["denoised"] - usual + changed
+
+    def _guided(self, args: dict, strength: float) -> torch.Tensor:
+        """x0 by ComfyUI's guidance of some strength, without the functions that follow it."""
         options = {**args["model_options"], "sampler_post_cfg_function": []}
         return comfy.samplers.cfg_function(
             args["model"],
             args["cond_denoised"],
             args["uncond_denoised"],
-            self.scale(cfg, timestep, len(sampling.sigmas)),
+            strength,
             args["input"],
-            sigma,
+            args["sigma"],
             model_options=options,
             cond=args["cond"],
             uncond=args["uncond"],
