@@ -1,12 +1,13 @@
 """Nodes that turn checkpoints on disk into MODEL, CLIP and VAE."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..loaders import audit, fingerprint, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
 from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE
 from ..models.frame_vae import over_frames
 from .loader_inputs import CATEGORY, checkpoint_input, weight_dtype_input
+from .reports import show_text
 
 
 class ModelScopeLoader(io.ComfyNode):
@@ -193,6 +194,7 @@ class CheckpointAudit(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="The report as text.")],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -203,7 +205,7 @@ class CheckpointAudit(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:
         report = audit.report(checkpoint)
-        return io.NodeOutput(report, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, ui=show_text(cls, report))
 
 
 NODES = [ModelScopeLoader, I2VGenXLLoader, ConsistI2VLoader, DiffusionModelLoader, FrameVAE, CheckpointAudit]

@@ -5,7 +5,8 @@ from comfy_api.latest import io
 from ..faces.photomaker_faces import faces_for_photomaker
 from ..patches.token_sharing import Sharing
 from ..story import conditioning, sampling, script, styles
-from ..story.plan import describe
+from ..story.plan import describe, outline
+from .reports import show_text
 from .sharing_inputs import rate_inputs, schedule_inputs, variant_inputs
 from .types import CHARACTER_BANK, FACE_EMBEDS, FACE_MODEL, PHOTOMAKER, STORY
 
@@ -30,22 +31,23 @@ class StoryScript(io.ComfyNode):
             node_id="ConsistentVideoStoryScript",
             display_name="Story Script",
             category=CATEGORY,
-            description="Reads a story: who is in it, and one line for each picture.",
+            description="Reads a story: who is in it, and one line for each picture. Shows what it understood; run it "
+            "alone to see that before anything is drawn.",
             search_aliases=["storydiffusion", "comic", "script", "panels", "characters", "storyboard"],
             inputs=[
                 io.String.Input(
                     "characters",
                     default=CHARACTERS_EXAMPLE,
                     multiline=True,
-                    tooltip="One line per character: [Name] description. Or one description without a name, which then "
-                    "stands before every panel.",
+                    tooltip="One line per character: [Name] description, or Name: description. Or one description "
+                    "without a name, which then stands before every panel.",
                 ),
                 io.String.Input(
                     "panels",
                     default=PANELS_EXAMPLE,
                     multiline=True,
                     tooltip="One line per picture. [Name] becomes the description; [NC]: nobody is in it; the caption "
-                    "follows a #.",
+                    "follows a #. Numbers, bullets and the signs of a pasted list are left out.",
                 ),
                 io.Combo.Input(
                     "style",
@@ -61,11 +63,14 @@ class StoryScript(io.ComfyNode):
                 ),
             ],
             outputs=[STORY.Output(tooltip="The story for Story Sampler and Comic Page.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
     def execute(cls, characters: str, panels: str, style: str, negative: str) -> io.NodeOutput:
-        return io.NodeOutput(script.parse_story(characters, panels, style, negative))
+        story = script.parse_story(characters, panels, style, negative)
+        return io.NodeOutput(story, ui=show_text(cls, outline(story)))
 
 
 class StoryConditioning(io.ComfyNode):

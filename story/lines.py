@@ -11,24 +11,32 @@ from collections.abc import Iterator
 # Straight quotes also because CLIP learned from text that was cleaned to them (OpenAI CLIP, simple_tokenizer, ftfy).
 _PLAIN = str.maketrans(
     {
-        **dict.fromkeys("\u3010\uff3b", "["),  # black lenticular and full-width brackets
-        **dict.fromkeys("\u3011\uff3d", "]"),
+        **dict.fromkeys("\u3010\uff3b\u3014\u3016", "["),  # lenticular, tortoise shell and full-width brackets
+        **dict.fromkeys("\u3011\uff3d\u3015\u3017", "]"),
         "\uff03": "#",
         **dict.fromkeys("\u201c\u201d\u201e\u201f\uff02", '"'),
         **dict.fromkeys("\u2018\u2019\u201a\u201b\uff07", "'"),
     }
 )
-# Byte order mark and zero-width space come with pasted text and are invisible in a text box.
-_INVISIBLE = str.maketrans("", "", "\ufeff\u200b")
+# Byte order mark, zero-width space, word joiner and marks of writing direction come with pasted text and are invisible
+# in a text box.
+_INVISIBLE = dict.fromkeys((0xFEFF, 0x200B, 0x2060, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 _TAG = re.compile(r"\[([^\[\]]*)\]")
-_NO_CHARACTER = re.compile(r"[\[\u3010\uff3b]\s*(?:NC|\uff2e\uff23)\s*[\]\u3011\uff3d]", re.IGNORECASE)
+# [NC] anywhere, or NC in capitals: in round brackets, or as the first word.
+_NO_CHARACTER = re.compile(
+    r"[\[\u3010\uff3b\u3014\u3016]\s*(?i:NC|\uff2e\uff23)\s*[\]\u3011\uff3d\u3015\u3017]\s*[:\uff1a]?"
+    r"|[(\uff08]\s*(?:NC|\uff2e\uff23)\s*[)\uff09]\s*[:\uff1a]?|^\s*(?:NC|\uff2e\uff23)(?:\s*[:\uff1a]|(?=\s))"
+)
+_CAPTION_SIGN = re.compile("#+")
+_COLOUR = re.compile(r"#([0-9a-f]{3}|[0-9a-f]{6}|[0-9a-f]{8})(?!\w)", re.IGNORECASE)
+Line = tuple[int, str]  # number in the text from 1, and what is on it
 _LOOSE_QUOTE = re.compile(r"(?<!\w)['\"]|['\"](?!\w)")
 # Opening and closing signs, with their curly and full-width forms: no space after, and before them.
 _BEFORE_SPACE = "([{\"'\u201c\u2018\uff08\u300c\u300e\u300a-/"
 _AFTER_SPACE = ")]},.;:!?\"'\u201d\u2019\u2026\uff09\u300d\u300f\u300b\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f-/"
 
 
-def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+def numbered_lines(text: str) -> Iterator[Line]:
     """The lines that are not blank, without outer white space and enclosing quotes, with their number in the text.
 
     Args:
@@ -64,9 +72,32 @@ def take_no_character(typed: str) -> tuple[str, bool]:
     return rest.strip(), count > 0
 
 
-def split_at(typed: str, position: int) -> tuple[str, str]:
-    """The text before and after the sign at a position, both without outer white space."""
-    return typed[:position].strip(), typed[position + 1 :].strip()
+def caption_sign(signs: str, last: bool = True) -> re.Match | None:
+    """The last # (or several in a row) that is not the start of a colour such as #ff8800; None if there is none.
+
+    Args:
+        signs: plain text.
+        last: False for the first one.
+    """
+    found = [match for match in _CAPTION_SIGN.finditer(signs) if not _is_colour(signs, match)]
+    return found[-1 if last else 0] if found else None
+
+
+def _is_colour(signs: str, sign: re.Match) -> bool:
+    """Whether hexadecimal digits of a colour follow a #; words and numbers of such letters are not colours."""
+    colour = _COLOUR.match(signs, sign.end() - 1)
+    if colour is None or len(sign[0]) > 1:
+        return False
+    digits = colour[1].lower()
+    if digits.isdigit():
+        return len(digits) > 3 or digits == "000"
+    doubled = all(pair[0] == pair[-1] for pair in re.findall("..", digits))
+    return any(digit.isdigit() for digit in digits) or (doubled if len(digits) > 3 else digits == digits[0] * 3)
+
+
+def split_at(typed: str, sign: re.Match) -> tuple[str, str]:
+    """The text before and after a sign, both without outer white space."""
+    return typed[: sign.start()].strip(), typed[sign.end() :].strip()
 
 
 def find_tags(signs: str, where: str) -> list[tuple[str, int, int]]:

@@ -80,7 +80,7 @@ def describe(story: Story, id_panels: int, known: Collection[str] = ()) -> str:
     roles = {index: step for step in steps for index in step.panels}
     references = {step.characters[0]: step.panels for step in steps if step.mode == "write"}
     shown = {name for panel in story.panels for name in panel.characters}
-    parts = [f"{_count(len(story.panels), 'panel')}, style {story.style.name}"]
+    parts = [_title(story)]
     for character in story.characters:
         if character.name not in shown:
             role = "in no panel"
@@ -92,8 +92,20 @@ def describe(story: Story, id_panels: int, known: Collection[str] = ()) -> str:
         parts.append(f"{_bracket(story, character.name)} {character.description}: {role}")
     for panel in story.panels:
         parts.append(_describe_panel(story, panel, roles[panel.index]))
-    parts.append(f"Negative prompt: {story.negative or 'none'}")
-    return "\n".join(parts)
+    return "\n".join([*parts, _negative(story)])
+
+
+def outline(story: Story) -> str:
+    """What was understood of a script, before anything is drawn: who is in it, and every panel."""
+    parts = [_title(story)]
+    for character in story.characters:
+        numbers = [panel.index + 1 for panel in story.panels if character.name in panel.characters]
+        role = f"in {_numbers('panel', numbers)}" if numbers else "in no panel"
+        parts.append(f"{_bracket(story, character.name)} {character.description}: {role}")
+    for panel in story.panels:
+        names = " and ".join(_bracket(story, name) for name in panel.characters)
+        parts.append(_panel_text(story, panel, names or "no character"))
+    return "\n".join([*parts, _negative(story)])
 
 
 def _describe_panel(story: Story, panel: Panel, step: Pass) -> str:
@@ -102,8 +114,20 @@ def _describe_panel(story: Story, panel: Panel, step: Pass) -> str:
         role = f"reference of {names}"
     else:
         role = f"with {names} as in the references" if names else "no character"
+    return _panel_text(story, panel, role)
+
+
+def _panel_text(story: Story, panel: Panel, role: str) -> str:
     caption = f"\n    caption: {panel.caption}" if panel.caption else ""
     return f"Panel {panel.index + 1} (line {panel.line}): {role}\n    prompt: {story.prompt(panel)}{caption}"
+
+
+def _title(story: Story) -> str:
+    return f"{_count(len(story.panels), 'panel')}, style {story.style.name}"
+
+
+def _negative(story: Story) -> str:
+    return f"Negative prompt: {story.negative or 'none'}"
 
 
 def _bracket(story: Story, name: str) -> str:

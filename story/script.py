@@ -6,9 +6,23 @@ HVision-NKU/StoryDiffusion), for one described character and for several named o
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection
 
-from .lines import fill, find_tags, numbered_lines, plain, shorten, split_at, take_no_character, unquote
+from .lines import (
+    Line,
+    caption_sign,
+    fill,
+    find_tags,
+    numbered_lines,
+    plain,
+    shorten,
+    split_at,
+    take_no_character,
+    unquote,
+)
+from .names import explain_forgotten, forgotten_name, in_use, mark_names, split_name
+from .pasted import script_lines
 from .styles import Style, find_style
 
 # Name of the one character that is described without a name.
@@ -94,23 +108,25 @@ class Story:
 def parse_story(characters: str, panels: str, style: str, negative: str = "") -> Story:
     """Read a story.
 
-    Blank lines are skipped, quotes around a line are dropped, and full-width or curly signs count as [ ] # " '.
+    Blank lines are skipped, quotes around a line are dropped, and full-width or curly signs count as [ ] # " '. Marks
+    of lists are dropped too (`pasted.script_lines`). Colours such as #ff8800 are not taken for a `#`.
 
     Args:
         characters: lines `[Name] description`, or one description without brackets (over any number of lines), which
-            then stands before every panel without [NC]. A `#` starts a comment.
+            then stands before every panel without [NC]. Lines `Name: description` are names when the panels have them.
+            A `#` starts a comment.
         panels: one per line, at most `MAX_PANELS`. `[Name]` is replaced by the description, `[NC]` says that no
             character is in the panel. The caption is what follows the last `#`, nothing if nothing follows, and the
-            whole line, with plain names, if there is no `#`.
+            whole line, with plain names, if there is no `#`. Names without brackets: see `names.mark_names`.
         style: a name in `STYLES`.
         negative: added to the style's negative prompt.
 
     Raises:
         ValueError: a line that does not follow the format, no characters, no panels or too many, an unknown style.
     """
-    cast = _parse_characters(characters)
+    cast = _parse_characters(characters, panels)
     known = {} if cast[0].name == MAIN_CHARACTER else {character.name: character for character in cast}
-    lines = list(numbered_lines(panels))
+    lines = script_lines(list(numbered_lines(panels)))
     if not lines:
         raise ValueError("The panels text has no panels. Write one line per picture.")
     if len(lines) > MAX_PANELS:
@@ -127,19 +143,16 @@ def parse_story(characters: str, panels: str, style: str, negative: str = "") ->
     return Story(cast, tuple(parsed), find_style(style), negative.strip())
 
 
-def _parse_characters(text: str) -> tuple[Character, ...]:
-    lines = []
-    for number, line in numbered_lines(text):
-        # A comment starts at the first "#"; the published parser cuts at the last one and keeps the rest of it.
-        line = unquote(plain(line).partition("#")[0])
-        if line:
-            lines.append((number, line))
+def _parse_characters(text: str, panels: str) -> tuple[Character, ...]:
+    lines = _character_lines(text)
     if not lines:
         raise ValueError(
             "The characters text is empty. Describe the main character, or several on lines of the form '[Name] "
             "description'."
         )
-    if not any(sign in line for _, line in lines for sign in "[]"):
+    named = [split_name(line) for _, line in lines]
+    bracketed = any(sign in line for _, line in lines for sign in "[]")
+    if not bracketed and not in_use((found[0] for found in named if found), panels):
         number = lines[0][0]
         return (Character(MAIN_CHARACTER, _description(number, " ".join(line for _, line in lines)), number),)
     cast: dict[str, Character] = {}
@@ -154,9 +167,24 @@ def _parse_characters(text: str) -> tuple[Character, ...]:
     return tuple(cast.values())
 
 
+def _character_lines(text: str) -> list[Line]:
+    lines = []
+    for number, line in numbered_lines(text):
+        # A comment starts at the first "#"; the published parser cuts at the last one and keeps the rest of it.
+        comment = caption_sign(plain(line), last=False)
+        line = unquote(plain(line[: comment.start()] if comment else line))
+        if line:
+            lines.append((number, line))
+    return script_lines(lines, panels=False)
+
+
 def _parse_character(number: int, line: str) -> Character:
     where = f"Characters, line {number}"
     tags = find_tags(line, where)
+    found = split_name(line)
+    if found and not tags:
+        line = f"[{found[0]}] {found[1]}"
+        tags = find_tags(line, where)
     if not tags or tags[0][1] != 0:
         raise ValueError(
             f"{where}: {shorten(line)} does not start with a name in brackets, as other lines do. Write '[Name] "
@@ -174,8 +202,12 @@ def _parse_character(number: int, line: str) -> Character:
 
 
 def _description(number: int, text: str) -> str:
-    """White space collapsed; without commas and full stops at the end, which would stand in the middle of a prompt."""
-    description = " ".join(text.split()).rstrip(" ,.;\uff0c\u3002\uff1b\u3001")
+    """White space collapsed; without a colon or dash after the name, and without commas and full stops at the end.
+
+    They would stand in the middle of a prompt.
+    """
+    description = re.sub(r"^\s*(?:[:=\uff1a]|[-\u2013\u2014]+(?=\s))", "", text)
+    description = " ".join(description.split()).rstrip(" ,.;\uff0c\u3002\uff1b\u3001")
     if not description:
         raise ValueError(
             f"Characters, line {number}: the description is empty. Write what the character looks like, such as 'a "
@@ -187,7 +219,12 @@ def _description(number: int, text: str) -> str:
 def _parse_named(index: int, number: int, line: str, known: dict[str, Character]) -> Panel:
     where = f"Panels, line {number}"
     body, caption, no_character = _split(line)
+    find_tags(plain(body), where)  # brackets that do not pair up are told as they were typed
+    body = mark_names(body, known)
     tags = find_tags(plain(body), where)
+    forgotten = None if tags or no_character else forgotten_name(body, known)
+    if forgotten:
+        raise ValueError(explain_forgotten(where, line, forgotten))
     for name, *_ in tags:
         if name not in known:
             raise ValueError(
@@ -245,10 +282,10 @@ def _split(line: str) -> tuple[str, str | None, bool]:
     """What is drawn, the caption (None without a #), and whether [NC] was there."""
     typed, no_character = take_no_character(line)
     typed = unquote(typed)
-    position = plain(typed).rfind("#")
-    if position < 0:
+    sign = caption_sign(plain(typed))
+    if sign is None:
         return typed, None, no_character
-    body, caption = split_at(typed, position)
+    body, caption = split_at(typed, sign)
     return unquote(body), " ".join(caption.split()), no_character
 
 

@@ -34,7 +34,8 @@ SOURCES = sorted(
 )
 # Beside the declared dependencies: ComfyUI, and what ComfyUI itself cannot start without.
 HOST_PACKAGES = {
-    "comfy", "comfy_api", "comfyui_version", "folder_paths", "latent_preview", "node_helpers", "torch", "numpy", "PIL",
+    "PIL", "comfy", "comfy_api", "comfyui_version", "folder_paths", "latent_preview", "node_helpers", "numpy", "server",
+    "torch",
 }  # fmt: skip
 OWN_PACKAGES = {"consistent_video", "consistent_video_train", *MAY_IMPORT, "tests", "scripts", "benchmarks"} - {""}
 IMPORT_NAMES = {"pyyaml": "yaml"}  # of distributions that are imported under another name
