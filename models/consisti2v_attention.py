@@ -7,7 +7,6 @@ the 3x3 window around the pixel. Layers as in ConsistI2V (Ren et al. 2024, arXiv
 import comfy.model_management
 import torch
 
-from .attention import attend
 from .transformer import OptimizedAttention
 
 ROTARY_BASE = 10000.0
@@ -22,23 +21,11 @@ class ClipAttention(OptimizedAttention):
         context_channels: of the tokens that answer; None for self-attention.
     """
 
+    # scores of SD 2's text encoder width overflow 16 bits where a backend stores them (as in ComfyUI's own SD 2)
+    precision = torch.float32
+
     def __init__(self, channels: int, heads: int, context_channels: int | None = None):
         super().__init__(channels, context_channels, heads=heads, dim_head=channels // heads, bias=False)
-
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, transformer_options: dict | None
-    ) -> torch.Tensor:
-        """Attention of queries (N, L, C) over keys and values (N, S, C), projected to (N, L, C)."""
-        # scores of SD 2's text encoder width overflow 16 bits where a backend stores them (as in ComfyUI's own SD 2)
-        attended = attend(
-            queries,
-            keys,
-            values,
-            self.heads,
-            attn_precision=torch.float32,
-            transformer_options=transformer_options or {},
-        )
-        return self.to_out[0](attended)
 
 
 class TextAttention(ClipAttention):
@@ -56,6 +43,12 @@ class FirstFrameAttention(ClipAttention):
         """Attend frames of tokens (B, F, h * w, C)."""
         keys, values = (_with_first_frame(project(tokens)) for project in (self.to_k, self.to_v))
         return self.attend(self.to_q(tokens).flatten(0, 1), keys, values, transformer_options).view_as(tokens)
+
+
+def beside_first_frame(tokens: torch.Tensor, frames: int) -> torch.Tensor:
+    """Tokens (B * F, L, C) of F frames, each followed by the first frame's at its place: (B * F, 2 * L, C)."""
+    clips = tokens.unflatten(0, (-1, frames))
+    return torch.stack((clips, clips[:, :1].expand_as(clips)), dim=3).flatten(2, 3).flatten(0, 1)
 
 
 def _with_first_frame(projected: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 import torch
@@ -10,11 +11,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn.functional import silu
 
+from .block_patches import patched, run_patched
 from .consisti2v_attention import (
     FirstFrameAttention,
     TemporalAttention,
     TemporalTextAttention,
     TextAttention,
+    beside_first_frame,
     neighbours,
 )
 from .temporal import as_clip, as_frames
@@ -115,12 +118,26 @@ class SpatialTransformer(_Transformer):
         super().__init__(channels, heads, settings.groups, _TransformerBlock(channels, *attentions))
 
     def forward(
-        self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None
+        self,
+        hidden: torch.Tensor,
+        keys_values: torch.Tensor,
+        transformer_options: dict | None = None,
+        context: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer."""
+        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer.
+
+        The text itself, `context` (B, S, D), is for patches.
+        """
         tokens = self.norm(hidden).flatten(2).transpose(1, 2).unflatten(0, (keys_values.shape[0], -1))
         tokens = self.proj_in(tokens)
-        for block in self.transformer_blocks:
+        frames = tokens.shape[1]
+        for index, block in enumerate(self.transformer_blocks):
+            if patched(transformer_options):
+                transformer_options["block_index"] = index
+                seen, text = partial(beside_first_frame, frames=frames), keys_values.chunk(2, dim=-1)
+                rows = run_patched(block, tokens.flatten(0, 1), seen, context, text, transformer_options)
+                tokens = rows.view_as(tokens)
+                continue
             tokens = tokens + block.attn1(block.norm1(tokens), transformer_options)
             tokens = tokens + block.attn2(block.norm2(tokens), keys_values.chunk(2, dim=-1), transformer_options)
             tokens = tokens + block.ff(block.norm3(tokens))

@@ -16,7 +16,7 @@ from torch.nn.functional import pad, silu
 
 from .consisti2v_attention import TextAttention
 from .consisti2v_layers import Block, Layer, LayerSettings, MiddleBlock
-from .layer_pass import LayerPass, distinct_clips
+from .layer_pass import LayerPass, distinct_clips, patch_embedding, start_pass
 from .temporal import as_frames
 
 # Parameters that every published checkpoint has and the original never reads: a projection of a time embedding that the
@@ -162,42 +162,61 @@ class ConsistI2VUNet(torch.nn.Module):
         if first_frame_latents is not None:
             first = comfy.model_management.cast_to(first_frame_latents, x.dtype, x.device)
             x = torch.cat((first.expand(x.shape[0], -1, -1, -1, -1), x[:, :, 1:]), dim=2)
-        emb = self._embed(timesteps, frame_stride, x)
+        start_pass(x, transformer_options)
+        emb = self._embed(timesteps, frame_stride, x, transformer_options)
         clips, frames = x.shape[0], x.shape[2]
         widths = [2 * attention.inner_dim for attention in self._text_attentions()]
-        frame_emb = emb.repeat_interleave(frames, dim=0)
-        run = _Pass(frame_emb, text_keys_values.split(widths, dim=-1), frames, transformer_options)
-        distinct = distinct_clips(x, emb, transformer_options)
-        hidden = self._run_blocks(self.conv_in(as_frames(x[:distinct])), run)
+        frame_emb, projected = emb.repeat_interleave(frames, dim=0), text_keys_values.split(widths, dim=-1)
+        run = _Pass(frame_emb, projected, frames, transformer_options, context, control)
+        distinct = distinct_clips(x, emb, transformer_options, control)
+        hidden = self._run_blocks(self.conv_in(as_frames(x[:distinct])), run, x, timesteps)
         predicted = hidden.unflatten(0, (clips, frames))[:, 1:].flatten(0, 1)
         predicted = self.conv_out(silu(self.conv_norm_out(predicted)))
         predicted = predicted.unflatten(0, (clips, frames - 1)).transpose(1, 2)
         return pad(predicted, (0, 0, 0, 0, 1, 0))
 
-    def _embed(self, timesteps: torch.Tensor, frame_stride: torch.Tensor | float | None, x: torch.Tensor):
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents, where ComfyUI's nodes look for them."""
+        return self.config.in_channels
+
+    def _embed(
+        self,
+        timesteps: torch.Tensor,
+        frame_stride: torch.Tensor | float | None,
+        x: torch.Tensor,
+        transformer_options: dict,
+    ) -> torch.Tensor:
         """The time embedding (B, D), with the frame stride's added to it."""
         emb = self.time_embedding(self.time_proj(timesteps.expand(x.shape[0])).to(x.dtype))
+        emb = patch_embedding(emb, self.config.block_out_channels[0], transformer_options)
         if not self.config.use_frame_stride_condition:
             return emb
         stride = DEFAULT_FRAME_STRIDE if frame_stride is None else frame_stride
         stride = torch.as_tensor(stride, device=x.device).reshape(-1).expand(x.shape[0])
         return emb + self.frame_stride_embedding(self.time_proj(stride).to(x.dtype))
 
-    def _run_blocks(self, hidden: torch.Tensor, run: "_Pass") -> torch.Tensor:
-        skips = [run.patch_input(hidden)]
+    def _run_blocks(
+        self, hidden: torch.Tensor, run: "_Pass", x: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        hidden, skip = run.leave_input(hidden)
+        skips = [skip]
         for block in self.down_blocks:
             for layer in block.layers():
-                hidden = run.patch_input(run.layer(layer, hidden))
-                skips.append(hidden)
+                run.enter_input()
+                hidden, skip = run.leave_input(run.layer(layer, hidden))
+                skips.append(skip)
             for downsampler in getattr(block, "downsamplers", ()):
-                hidden = run.patch_input(downsampler(hidden))
-                skips.append(hidden)
+                run.enter_input()
+                hidden, skip = run.leave_input(downsampler(hidden))
+                skips.append(skip)
+        run.enter_middle()
         for layer in self.mid_block.layers():
             hidden = run.layer(layer, hidden)
+        hidden = run.leave_middle(hidden, x, timesteps)
         for block in self.up_blocks:
             for layer in block.layers():
-                hidden, skip = run.patch_output(hidden, skips.pop())
-                hidden = run.layer(layer, torch.cat((run.repeat(hidden), run.repeat(skip)), dim=1))
+                hidden = run.layer(layer, run.enter_output(hidden, skips.pop()))
             for upsampler in getattr(block, "upsamplers", ()):
                 hidden = upsampler(hidden, output_size=skips[-1].shape[2:])
         return hidden
@@ -209,9 +228,12 @@ class _Pass(LayerPass):
     def layer(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         hidden = layer.resnet(hidden, self.emb[: hidden.shape[0]])
         hidden = layer.temporal_resnet(hidden, hidden.shape[0] // self.num_frames)
-        for transformer in (layer.spatial, layer.temporal):
-            if transformer is not None:
-                hidden = transformer(self.repeat(hidden), next(self.keys_values), self.options)
+        if layer.spatial is not None:
+            hidden = layer.spatial(self.repeat(hidden), next(self.keys_values), self.options, self.context)
+        if layer.temporal is not None:
+            hidden = layer.temporal(hidden, next(self.keys_values), self.options)
+        if layer.spatial is not None:
+            self.attended()
         return hidden
 
 

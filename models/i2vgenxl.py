@@ -40,7 +40,8 @@ class I2VGenXLModel(UNet3DModel):
             return conds
         condition = self.diffusion_model.condition(text, picture, embedding, fps)
         many = condition.keys_values.ndim == 4
-        conds["keys_values"] = (comfy.conds.CONDRegular if many else comfy.conds.CONDCrossAttn)(condition.keys_values)
+        tokens = comfy.conds.CONDRegular if many else comfy.conds.CONDCrossAttn
+        conds["context_tokens"], conds["keys_values"] = tokens(condition.context), tokens(condition.keys_values)
         conds["picture"] = comfy.conds.CONDNoiseShape(condition.picture)
         conds["fps_embedding"] = comfy.conds.CONDRegular(condition.fps)
         return conds

@@ -10,6 +10,7 @@ import comfy.patcher_extension
 import torch
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet as PublishedUNet
 
+from .layer_pass import start_pass
 from .temporal import as_clip, as_frames
 from .unet3d import BlockRunner
 
@@ -19,11 +20,13 @@ class Condition:
     """What does not change during a run.
 
     Args:
-        keys_values: of every cross-attention, (B, S, W); (B, F, S, W) when each frame has an image embedding.
+        context: tokens of the text and the picture, (B, S, D); (B, F, S, D) when each frame has an image embedding.
+        keys_values: of every cross-attention, (B, S, W) or (B, F, S, W).
         picture: the encoded picture and frame positions, (B, 4, F, h, w).
         fps: the embedding of the frame rate, (B, D).
     """
 
+    context: torch.Tensor
     keys_values: torch.Tensor
     picture: torch.Tensor
     fps: torch.Tensor
@@ -50,7 +53,7 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
         context = self._context(text, image_latents, image_embeddings)
         keys_values = self.project_text(context.flatten(0, 1)).unflatten(0, context.shape[:2]).squeeze(1)
         fps_embedding = self.fps_embedding(self.time_proj(fps).to(text.dtype))
-        return Condition(keys_values, self._encode_picture(image_latents), fps_embedding)
+        return Condition(context.squeeze(1), keys_values, self.encode_picture(image_latents), fps_embedding)
 
     def _context(self, text, image_latents, image_embeddings) -> torch.Tensor:
         """Text tokens, 64 tokens of the first latent, 4 tokens per image embedding: (B, 1 or F, S, D)."""
@@ -60,7 +63,8 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
         shared = torch.cat((text, first), dim=1).unsqueeze(1).expand(-1, frames, -1, -1)
         return torch.cat((shared, tokens), dim=2)
 
-    def _encode_picture(self, image_latents: torch.Tensor) -> torch.Tensor:
+    def encode_picture(self, image_latents: torch.Tensor) -> torch.Tensor:
+        """What the picture and the frames' positions (B, 4, F, h, w), scaled, add to the noisy clip's channels."""
         clips, _, frames, height, width = image_latents.shape
         encoded = as_clip(self.image_latents_proj_in(as_frames(image_latents)), frames)
         pixels = encoded.permute(0, 3, 4, 2, 1).reshape(clips * height * width, frames, -1)
@@ -75,7 +79,8 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
             timesteps: (B,), 0..999.
             context: text states (B, S, D); read when the condition is not computed yet.
             control, transformer_options: ComfyUI's.
-            keys_values, picture, fps_embedding: a `Condition`; or image_latents, image_embeddings, fps to compute it.
+            context_tokens, keys_values, picture, fps_embedding: a `Condition`; or image_latents, image_embeddings, fps
+                to compute it.
         """
         options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
@@ -89,6 +94,7 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
         context,
         control,
         transformer_options,
+        context_tokens=None,
         keys_values=None,
         picture=None,
         fps_embedding=None,
@@ -97,11 +103,15 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
         if keys_values is None:
             condition = self.condition(context, kwargs["image_latents"], kwargs["image_embeddings"], kwargs["fps"])
             keys_values, picture, fps_embedding = condition.keys_values, condition.picture, condition.fps
+            context_tokens = condition.context
         frames = x.shape[2]
-        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype)) + fps_embedding
+        start_pass(x, transformer_options)
+        emb = self.embed_time(timesteps, x, transformer_options) + fps_embedding
         hidden = self.conv_in(as_frames(torch.cat((x, picture), dim=1)))
         hidden = self.transformer_in(hidden, frames, transformer_options)
-        keys_values = keys_values.flatten(0, 1) if keys_values.ndim == 4 else keys_values
-        hidden = self.run_blocks(hidden, emb, keys_values, frames, transformer_options)
+        if keys_values.ndim == 4:
+            keys_values, context_tokens = keys_values.flatten(0, 1), context_tokens.flatten(0, 1)
+        layers = self.start_layers(emb, keys_values, frames, transformer_options, context_tokens, control)
+        hidden = self.run_blocks(hidden, layers, x, timesteps)
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return as_clip(hidden, frames)

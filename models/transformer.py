@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import gelu, linear
 
 from .attention import attend
+from .block_patches import patched, run_patched
 
 # Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 512 rows stays near the caches; on other devices
 # chunks only bound memory.
@@ -24,10 +25,26 @@ DEVICE_ROWS = 65536
 class OptimizedAttention(Attention):
     """Plain multi-head attention (no masks, norms or added projections) through ComfyUI's attention function."""
 
+    # type in which scores are computed where a backend stores them; None: that of the tokens
+    precision: torch.dtype | None = None
+
     def forward(self, hidden: torch.Tensor, keys_values: tuple | None = None, transformer_options: dict | None = None):
         """Attend `hidden` (N, L, C) to itself, or to projected `keys_values`, two tensors (N, S, heads * dim)."""
         keys, values = (self.to_k(hidden), self.to_v(hidden)) if keys_values is None else keys_values
-        attended = attend(self.to_q(hidden), keys, values, self.heads, transformer_options=transformer_options or {})
+        return self.attend(self.to_q(hidden), keys, values, transformer_options)
+
+    def attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, transformer_options: dict | None
+    ) -> torch.Tensor:
+        """Attention of queries (N, L, C) over keys and values (N, S, C), projected to (N, L, C)."""
+        attended = attend(
+            queries,
+            keys,
+            values,
+            self.heads,
+            attn_precision=self.precision,
+            transformer_options=transformer_options or {},
+        )
         return self.to_out[0](attended)
 
     def project(self, context: torch.Tensor) -> torch.Tensor:
@@ -74,15 +91,26 @@ class SpatialTransformer(Transformer2DModel):
     """Self-attention within each frame, cross-attention to the text shared by all frames of a clip."""
 
     def forward(
-        self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None
+        self,
+        hidden: torch.Tensor,
+        keys_values: torch.Tensor,
+        transformer_options: dict | None = None,
+        context: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer."""
+        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer.
+
+        The text itself, `context` (B, S, D), is for patches.
+        """
         frames, channels, height, width = hidden.shape
         clips = keys_values.shape[0]
         tokens = self.norm(hidden).permute(0, 2, 3, 1).reshape(frames, height * width, channels)
         tokens = self.proj_in(tokens)
         text = keys_values.chunk(2, dim=-1)
-        for block in self.transformer_blocks:
+        for index, block in enumerate(self.transformer_blocks):
+            if patched(transformer_options):
+                transformer_options["block_index"] = index
+                tokens = run_patched(block, tokens, lambda normed: normed, context, text, transformer_options)
+                continue
             tokens = tokens + block.attn1(block.norm1(tokens), transformer_options=transformer_options)
             clip_tokens = block.norm2(tokens).view(clips, -1, tokens.shape[-1])
             tokens = tokens + block.attn2(clip_tokens, text, transformer_options).view_as(tokens)

@@ -15,7 +15,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 
-from .layer_pass import LayerPass, distinct_clips
+from .layer_pass import LayerPass, distinct_clips, patch_embedding, start_pass
 from .temporal import PictureEncoder, TemporalConv, TemporalTransformer, as_clip, as_frames
 from .transformer import ChunkedFeedForward, OptimizedAttention, SpatialTransformer
 
@@ -43,46 +43,69 @@ class BlockRunner:
         ]
         return [transformer.transformer_blocks[0].attn2 for transformer in transformers]
 
-    def run_blocks(
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents, where ComfyUI's nodes look for them."""
+        return self.config.in_channels
+
+    def embed_time(self, timesteps: torch.Tensor, x: torch.Tensor, transformer_options: dict) -> torch.Tensor:
+        """The time embedding (B, D) of a clip x, with ComfyUI's patches of it."""
+        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
+        return patch_embedding(emb, self.config.block_out_channels[0], transformer_options)
+
+    def start_layers(
         self,
-        hidden: torch.Tensor,
         emb: torch.Tensor,
         keys_values: torch.Tensor,
         num_frames: int,
         transformer_options: dict,
+        context: torch.Tensor | None,
+        control: dict | None,
+    ) -> "_Layers":
+        """A pass over the blocks.
+
+        Args:
+            emb: time embedding of each clip (B, D).
+            keys_values: what `project_text` returns, (B, S, sum of the layers' widths).
+            num_frames: F.
+            transformer_options, context, control: see `LayerPass`.
+        """
+        emb = emb.repeat_interleave(num_frames, dim=0)
+        widths = [2 * attention.inner_dim for attention in self._text_attentions()]
+        return _Layers(emb, keys_values.split(widths, dim=-1), num_frames, transformer_options, context, control)
+
+    def run_blocks(
+        self, hidden: torch.Tensor, layers: "_Layers", x: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """Run all blocks.
 
         Args:
             hidden: frames (B * F, C, h, w); fewer clips where the B clips repeat them, see `distinct_clips`.
-            emb: time embedding of each clip (B, D).
-            keys_values: what `project_text` returns, (B, S, sum of the layers' widths).
-            num_frames: F.
-            transformer_options: ComfyUI's; `input_block_patch` and `output_block_patch` are honoured.
+            x, timesteps: the network's inputs, for patches.
         """
-        emb = emb.repeat_interleave(num_frames, dim=0)
-        widths = [2 * attention.inner_dim for attention in self._text_attentions()]
-        layers = _Layers(emb, keys_values.split(widths, dim=-1), num_frames, transformer_options)
-
-        skips = [layers.patch_input(hidden)]
+        hidden, skip = layers.leave_input(hidden)
+        skips = [skip]
         for block in self.down_blocks:
             for layer in _block_layers(block):
-                hidden = layers.patch_input(layers.run(layer, hidden))
-                skips.append(hidden)
+                layers.enter_input()
+                hidden, skip = layers.leave_input(layers.run(layer, hidden))
+                skips.append(skip)
             for downsampler in block.downsamplers or ():
-                hidden = layers.patch_input(downsampler(hidden))
-                skips.append(hidden)
+                layers.enter_input()
+                hidden, skip = layers.leave_input(downsampler(hidden))
+                skips.append(skip)
 
         mid = self.mid_block
+        layers.enter_middle()
         hidden = layers.run((mid.resnets[0], mid.temp_convs[0], None, None), hidden)
         for layer in zip(mid.attentions, mid.temp_attentions, mid.resnets[1:], mid.temp_convs[1:]):
             hidden = layers.attend(layer[0], layer[1], hidden)
             hidden = layers.run((layer[2], layer[3], None, None), hidden)
+        hidden = layers.leave_middle(hidden, x, timesteps)
 
         for block in self.up_blocks:
             for layer in _block_layers(block):
-                hidden, skip = layers.patch_output(hidden, skips.pop())
-                hidden = layers.run(layer, torch.cat((layers.repeat(hidden), layers.repeat(skip)), dim=1))
+                hidden = layers.run(layer, layers.enter_output(hidden, skips.pop()))
             for upsampler in block.upsamplers or ():
                 hidden = upsampler(hidden, output_size=skips[-1].shape[2:])
         return hidden
@@ -108,8 +131,10 @@ class _Layers(LayerPass):
         return hidden if spatial is None else self.attend(spatial, temporal, hidden)
 
     def attend(self, spatial, temporal, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = spatial(self.repeat(hidden), next(self.keys_values), self.options)
-        return temporal(hidden, self.num_frames, self.options)
+        hidden = spatial(self.repeat(hidden), next(self.keys_values), self.options, self.context)
+        hidden = temporal(hidden, self.num_frames, self.options)
+        self.attended()
+        return hidden
 
 
 class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
@@ -134,11 +159,13 @@ class ModelScopeUNet(BlockRunner, UNet3DConditionModel):
         self, x, timesteps, context, control, transformer_options, text_keys_values=None, **kwargs
     ) -> torch.Tensor:
         num_frames = x.shape[2]
+        start_pass(x, transformer_options)
         if text_keys_values is None:
             text_keys_values = self.project_text(context)
-        emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
-        x = x[: distinct_clips(x, timesteps, transformer_options)]
-        hidden = self.transformer_in(self.conv_in(as_frames(x)), num_frames, transformer_options)
-        hidden = self.run_blocks(hidden, emb, text_keys_values, num_frames, transformer_options)
+        emb = self.embed_time(timesteps, x, transformer_options)
+        layers = self.start_layers(emb, text_keys_values, num_frames, transformer_options, context, control)
+        distinct = x[: distinct_clips(x, timesteps, transformer_options, control)]
+        hidden = self.transformer_in(self.conv_in(as_frames(distinct)), num_frames, transformer_options)
+        hidden = self.run_blocks(hidden, layers, x, timesteps)
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return as_clip(hidden, num_frames)
