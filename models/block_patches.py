@@ -92,7 +92,7 @@ class _BlockPatches:
         return self.apply(f"{name}_output_patch", attended)
 
     def _replacement(self, name: str) -> Callable | None:
-        """The replacement of this block, under (part, number, index of the block in its transformer) or (part, number)."""
+        """The replacement under (part, number, index of this block in its transformer), else under (part, number)."""
         found, block = self.replacements.get(name, {}), self.options.get("block")
         if block is None:
             return None
@@ -110,5 +110,3 @@ def _own(attended: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> t
     if attended.shape[1] == queries.shape[1] or attended.shape[1] != keys.shape[1]:
         return attended
     return attended[:, :: keys.shape[1] // queries.shape[1]]
-
-

@@ -196,9 +196,7 @@ class ConsistI2VUNet(torch.nn.Module):
         stride = torch.as_tensor(stride, device=x.device).reshape(-1).expand(x.shape[0])
         return emb + self.frame_stride_embedding(self.time_proj(stride).to(x.dtype))
 
-    def _run_blocks(
-        self, hidden: torch.Tensor, run: "_Pass", x: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def _run_blocks(self, hidden: torch.Tensor, run: "_Pass", x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         hidden, skip = run.leave_input(hidden)
         skips = [skip]
         for block in self.down_blocks:
