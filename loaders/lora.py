@@ -41,6 +41,7 @@ class DiffusersLoRAAdapter(LoRAAdapter):
         alpha: float | None,
         dora_scale: torch.Tensor | None,
         loaded_keys: set[str] | None = None,
+        **options,
     ) -> LoRAAdapter | None:
         """The LoRA of network layer `x` (`diffusion_model.<key>`) in a file's tensors, None when it has none."""
         key = x.removeprefix(NETWORK)
@@ -48,9 +49,8 @@ class DiffusersLoRAAdapter(LoRAAdapter):
             return None
         loaded_keys = set() if loaded_keys is None else loaded_keys
         for name in diffusers_names(key):
-            adapter = super().load(
-                name, lora, _scalar(lora, f"{name}.alpha", loaded_keys, alpha), dora_scale, loaded_keys
-            )
+            own_alpha = _scalar(lora, f"{name}.alpha", loaded_keys, alpha)
+            adapter = super().load(name, lora, own_alpha, dora_scale, loaded_keys, **options)
             if adapter is not None:
                 return adapter
         return None

@@ -19,7 +19,7 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from ..models.photomaker import IdEncoderV1, IdEncoderV2, PhotoMaker
 from .listed_files import ListedFiles
 from .network import build_on_meta, load_network
-from .weights import check_tensors, read_file
+from .weights import NoNamedTensorsError, check_tensors, read_file
 
 REPOSITORIES = "TencentARC/PhotoMaker (v1) and TencentARC/PhotoMaker-V2 (v2)"
 FILES = ListedFiles(
@@ -80,10 +80,10 @@ def read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     Raises:
         ValueError: the file is damaged, or not laid out as a PhotoMaker file.
     """
-    content = read_file(path)
-    if not isinstance(content, dict):
-        raise ValueError(_not_photomaker(path, f"a {type(content).__name__}"))
-    flat = _flatten(content)
+    try:
+        flat = _flatten(read_file(path))
+    except NoNamedTensorsError as error:
+        raise ValueError(_not_photomaker(path, error.found)) from error
     check_tensors(path, flat)
     parts = {
         part: {key[len(part) + 1 :]: value for key, value in flat.items() if key.startswith(f"{part}.")}

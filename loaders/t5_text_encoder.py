@@ -123,7 +123,7 @@ def t5_on_meta(config: dict) -> torch.nn.Module:
 
 def _model_class(config: dict, tokens: int, weight_dtype: torch.dtype) -> type:
     class TextModel(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}, **options):
             super().__init__(
                 device=device,
                 dtype=dtype,
@@ -132,12 +132,18 @@ def _model_class(config: dict, tokens: int, weight_dtype: torch.dtype) -> type:
                 special_tokens={"end": END, "pad": PAD},
                 model_class=comfy.text_encoders.t5.T5,
                 model_options=model_options,
+                **options,
             )
 
     class TextEncoder(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}, **options):
             super().__init__(
-                device=device, dtype=weight_dtype, model_options=model_options, name=NAME, clip_model=TextModel
+                device=device,
+                dtype=weight_dtype,
+                model_options=model_options,
+                name=NAME,
+                clip_model=TextModel,
+                **options,
             )
 
     return TextEncoder
@@ -161,7 +167,7 @@ def tokenizer_class(folder: Path, config: dict, tokens: int) -> type:
         )
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data={}):
+        def __init__(self, embedding_directory=None, tokenizer_data={}, **options):
             super().__init__(
                 tokenizer_path=str(path),
                 max_length=tokens,
@@ -173,6 +179,7 @@ def tokenizer_class(folder: Path, config: dict, tokens: int) -> type:
                 tokenizer_class=T5TokenizerFast,
                 has_start_token=False,
                 tokenizer_data=tokenizer_data,
+                **options,
             )
 
         def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> list:
@@ -182,12 +189,13 @@ def tokenizer_class(folder: Path, config: dict, tokens: int) -> type:
             return chunks[:1]
 
     class T5Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data={}):
+        def __init__(self, embedding_directory=None, tokenizer_data={}, **options):
             super().__init__(
                 embedding_directory=embedding_directory,
                 tokenizer_data=tokenizer_data,
                 clip_name=NAME,
                 tokenizer=Tokenizer,
+                **options,
             )
 
     return T5Tokenizer

@@ -108,7 +108,7 @@ def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
     layers = {"last": ("last", None), "penultimate": ("hidden", -2)}
 
     class TextModel(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}, **options):
             super().__init__(
                 device=device,
                 dtype=dtype,
@@ -119,12 +119,13 @@ def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
                 special_tokens={"start": 49406, "end": end, "pad": end if pad_token is None else pad_token},
                 layer_norm_hidden_state=True,
                 model_options=model_options,
+                **options,
             )
 
     class TextEncoder(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options={}):
+        def __init__(self, device="cpu", dtype=None, model_options={}, **options):
             super().__init__(
-                device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=TextModel
+                device=device, dtype=dtype, model_options=model_options, clip_name="h", clip_model=TextModel, **options
             )
 
     return TextEncoder
@@ -134,7 +135,7 @@ def _tokenizer_class(tokenizer: Path, config: dict, pad_token: int | None) -> ty
     path = str(tokenizer) if (tokenizer / "vocab.json").is_file() else None
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data={}):
+        def __init__(self, embedding_directory=None, tokenizer_data={}, **options):
             super().__init__(
                 tokenizer_path=path,
                 max_length=config["max_position_embeddings"],
@@ -144,15 +145,17 @@ def _tokenizer_class(tokenizer: Path, config: dict, pad_token: int | None) -> ty
                 embedding_size=config["hidden_size"],
                 embedding_key="clip_h",
                 tokenizer_data=tokenizer_data,
+                **options,
             )
 
     class ClipTokenizer(comfy.sd1_clip.SD1Tokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data={}):
+        def __init__(self, embedding_directory=None, tokenizer_data={}, **options):
             super().__init__(
                 embedding_directory=embedding_directory,
                 tokenizer_data=tokenizer_data,
                 clip_name="h",
                 tokenizer=Tokenizer,
+                **options,
             )
 
     return ClipTokenizer

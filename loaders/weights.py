@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from .folders import read_config
 
 SUFFIXES = (".safetensors", ".bin")
+SAFE_SUFFIXES = (".safetensors", ".sft")
 # What reading a damaged file raises, ComfyUI's own reader of safetensors (with dynamic VRAM) included.
-DAMAGE = (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError, struct.error)
+DAMAGE = (EOFError, KeyError, OSError, RuntimeError, ValueError, struct.error)
 HALF_TYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
@@ -91,25 +92,45 @@ def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     return state
 
 
+class NoNamedTensorsError(ValueError):
+    """A file that holds one object instead of named tensors; `found` says which."""
+
+    def __init__(self, path: Path, found: str):
+        super().__init__(f"{path} should hold named tensors, found {found}. Choose a file of weights.")
+        self.found = found
+
+
 def read_file(path: Path) -> dict:
     """What a weight file holds: named tensors, or nested dictionaries of them.
 
     Raises:
+        NoNamedTensorsError: the file holds a list, a single tensor or another object.
         ValueError: the file is damaged, or holds pickled objects that could run code.
     """
     try:
-        return comfy.utils.load_torch_file(str(path))
+        content = comfy.utils.load_torch_file(str(path))
+    except (AttributeError, TypeError) as error:
+        if path.suffix in SAFE_SUFFIXES:
+            raise _damaged(path, error) from error
+        # ComfyUI looks into what it unpickled as if it were a dictionary, the newer the further
+        raise NoNamedTensorsError(path, f"an object of another kind ({error})") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds pickled objects other than tensors, which could run code and are refused. "
             "Get the .safetensors version of this file from the original publisher."
         ) from error
     except (*DAMAGE, SafetensorError) as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path} ({size:,} bytes) is damaged or incomplete: {error}. Compare its size with the published one "
-            "and download it again."
-        ) from error
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise NoNamedTensorsError(path, f"a {type(content).__name__}")
+    return content
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete: {error}. Compare its size with the "
+        "published one and download it again."
+    )
 
 
 def check_tensors(path: Path, state: dict) -> None:

@@ -73,7 +73,7 @@ class VideoModel(comfy.model_base.BaseModel):
         self.scheduler_config = scheduler_config
         self.model_sampling.set_sigmas(sigmas)
 
-    def get_dtype(self) -> torch.dtype:
+    def get_dtype(self, **options) -> torch.dtype:
         """Type of the stored weights (diffusers networks answer with the type of whatever layer comes first)."""
         return self.model_config.unet_config["dtype"]
 

@@ -49,7 +49,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.downscale_ratio = (lambda frames: max(0, (frames - 1) // time + 1), space, space)
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
 
-    def vae_encode_crop_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+    def vae_encode_crop_pixels(self, pixels: torch.Tensor, **options) -> torch.Tensor:
         """Crop images (F, H, W, C) or (B, F, H, W, C) to what the encoder takes.
 
         Raises:
@@ -62,17 +62,17 @@ class CogVideoXVAE(comfy.sd.VAE):
         if whole != frames:
             logging.info("CogVideoX VAE: encodes the first %d of %d frames.", whole, frames)
         clips = pixels.narrow(-4, 0, whole)
-        cropped = super().vae_encode_crop_pixels(clips.reshape(-1, *clips.shape[-3:]))
+        cropped = super().vae_encode_crop_pixels(clips.reshape(-1, *clips.shape[-3:]), **options)
         return cropped.reshape(*clips.shape[:-3], *cropped.shape[-3:])
 
-    def decode(self, samples_in: torch.Tensor, vae_options: dict = {}) -> torch.Tensor:
+    def decode(self, samples_in: torch.Tensor, vae_options: dict = {}, **options) -> torch.Tensor:
         """Decode latents (B, c, F', h, w) to images.
 
         Raises:
             ValueError: these are latents of something else.
         """
         self._check(samples_in)
-        return super().decode(samples_in, vae_options)
+        return super().decode(samples_in, vae_options, **options)
 
     def decode_tiled(
         self,
@@ -82,6 +82,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         overlap: int = 8,
         tile_t: int | None = None,
         overlap_t: int | None = None,
+        **options,
     ) -> torch.Tensor:
         """Decode latents in tiles of `tile_x` by `tile_y` latent pixels that ComfyUI blends over `overlap`.
 
@@ -94,7 +95,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         self._check(samples)
         tiles = self._reserving_one_tile(tile_x, tile_y)
         return super(CogVideoXVAE, tiles).decode_tiled(
-            samples, tile_x, tile_y, overlap, tile_t=max(2, samples.shape[2])
+            samples, tile_x, tile_y, overlap, tile_t=max(2, samples.shape[2]), **options
         )
 
     def encode_tiled(
@@ -105,10 +106,11 @@ class CogVideoXVAE(comfy.sd.VAE):
         overlap: int = 64,
         tile_t: int | None = None,
         overlap_t: int | None = None,
+        **options,
     ) -> torch.Tensor:
         """Encode images in tiles of `tile_x` by `tile_y` pixels; see `decode_tiled` for tiles in time."""
         tiles = self._reserving_one_tile(tile_x, tile_y)
-        return super(CogVideoXVAE, tiles).encode_tiled(pixel_samples, tile_x, tile_y, overlap)
+        return super(CogVideoXVAE, tiles).encode_tiled(pixel_samples, tile_x, tile_y, overlap, **options)
 
     def encode_sample(self, pixel_samples: torch.Tensor, seed: int) -> torch.Tensor:
         """Encode images to a draw from the posterior, shaped as by `encode`, with noise drawn on the CPU."""

@@ -36,7 +36,7 @@ def picture_latents(picture: torch.Tensor, key_points: torch.Tensor | None, fram
 class ConsisIDModel(VideoModel):
     """`ConsisIDTransformer` with everything that only depends on the conditioning computed once per sampling run."""
 
-    def memory_required(self, input_shape, cond_shapes={}) -> float:
+    def memory_required(self, input_shape, cond_shapes={}, **options) -> float:
         """Bytes of activations for latents of `input_shape` (B, C, F', h, w)."""
         config = self.diffusion_model.config
         positions = math.prod(input_shape[2:]) / config.patch_size**2

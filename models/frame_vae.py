@@ -11,21 +11,25 @@ class FrameVAE(comfy.sd.VAE):
     batch (F, H, W, 3) is encoded as one clip (1, C, F, h, w).
     """
 
-    def decode(self, samples_in: torch.Tensor, vae_options: dict = {}) -> torch.Tensor:
+    def decode(self, samples_in: torch.Tensor, vae_options: dict = {}, **options) -> torch.Tensor:
         """Decode latents to images."""
-        return _over_frames(lambda frames: super(FrameVAE, self).decode(frames, vae_options), samples_in)
+        return _over_frames(lambda frames: super(FrameVAE, self).decode(frames, vae_options, **options), samples_in)
 
-    def decode_tiled(self, samples: torch.Tensor, **tiling) -> torch.Tensor:
+    def decode_tiled(self, samples: torch.Tensor, *spatial, **tiling) -> torch.Tensor:
         """Decode latents tile by tile; frames need no temporal tiles."""
-        return _over_frames(lambda frames: super(FrameVAE, self).decode_tiled(frames, **_spatial(tiling)), samples)
+        return _over_frames(
+            lambda frames: super(FrameVAE, self).decode_tiled(frames, *spatial[:3], **_spatial(tiling)), samples
+        )
 
-    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixel_samples: torch.Tensor, **options) -> torch.Tensor:
         """Encode images (F, H, W, C) or (B, F, H, W, C) to latents (B, 4, F, h, w)."""
-        return _over_clips(super().encode, pixel_samples)
+        return _over_clips(lambda frames: super(FrameVAE, self).encode(frames, **options), pixel_samples)
 
-    def encode_tiled(self, pixel_samples: torch.Tensor, **tiling) -> torch.Tensor:
+    def encode_tiled(self, pixel_samples: torch.Tensor, *spatial, **tiling) -> torch.Tensor:
         """Encode images tile by tile to latents (B, 4, F, h, w)."""
-        return _over_clips(lambda frames: super(FrameVAE, self).encode_tiled(frames, **_spatial(tiling)), pixel_samples)
+        return _over_clips(
+            lambda frames: super(FrameVAE, self).encode_tiled(frames, *spatial[:3], **_spatial(tiling)), pixel_samples
+        )
 
     def encode_sample(self, pixel_samples: torch.Tensor, seed: int) -> torch.Tensor:
         """Encode images (N, H, W, C) to a draw from the posterior, (N, 4, h, w), with noise drawn on the CPU.
@@ -52,11 +56,12 @@ class _Moments:
     def __init__(self, autoencoder: torch.nn.Module):
         self.autoencoder = autoencoder
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor, **options) -> torch.Tensor:
         return self.autoencoder.quant_conv(self.autoencoder.encoder(pixels))
 
 
 def _spatial(tiling: dict) -> dict:
+    """Return the options of a tiled call without those of tiles in time."""
     return {key: value for key, value in tiling.items() if key not in ("tile_t", "overlap_t")}
 
 

@@ -18,7 +18,7 @@ MEASURED_CHANNELS = 320
 class UNet3DModel(VideoModel):
     """A `VideoModel` over a 3-D UNet."""
 
-    def memory_required(self, input_shape, cond_shapes={}) -> float:
+    def memory_required(self, input_shape, cond_shapes={}, **options) -> float:
         """Bytes of activations for latents of `input_shape` (B, C, F, h, w)."""
         positions = input_shape[0] * math.prod(input_shape[2:])
         elements = ELEMENTS_PER_POSITION * positions + min(CHUNKED_ELEMENTS_PER_POSITION * positions, CHUNKED_ELEMENTS)

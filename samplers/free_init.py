@@ -63,6 +63,7 @@ class FreeInit(comfy.samplers.Sampler):
         latent_image: torch.Tensor | None = None,
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
+        **options,
     ) -> torch.Tensor:
         """Denoise, as ComfyUI's guiders call it.
 
@@ -75,6 +76,7 @@ class FreeInit(comfy.samplers.Sampler):
             latent_image: same shape, or None.
             denoise_mask: same shape, 1 where to denoise, or None.
             disable_pbar: hide the progress bar.
+            options: what a newer ComfyUI adds; handed to the sampler of each run.
 
         Returns:
             The latent (B, C, F, H, W) of the last run.
@@ -104,6 +106,7 @@ class FreeInit(comfy.samplers.Sampler):
                     latent_image,
                     denoise_mask,
                     disable_pbar=True,
+                    **options,
                 )
         return result
 

@@ -50,13 +50,12 @@ class ImageTextGuider(comfy.samplers.CFGGuider):
         self.set_cfg(cfg_text)
         self.cfg_image, self.rescale = cfg_image, rescale
 
-    def set_conds(self, positive: list, negative: list) -> None:
+    def set_conds(self, positive: list, negative: list, **options) -> None:
         """Set both prompts; the third branch is the negative one without its picture."""
-        conds = {"positive": positive, "negative": negative}
+        super().set_conds(positive, negative, **options)
         if self.cfg_image > 1:
             without = self.model_patcher.model.without_picture
-            conds[NO_PICTURE] = [[text, without(extra)] for text, extra in negative]
-        self.inner_set_conds(conds)
+            self.inner_set_conds({NO_PICTURE: [[text, without(extra)] for text, extra in negative]})
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
         """ComfyUI's own, but the branch without the picture learns at which noise level the run starts."""
@@ -64,12 +63,12 @@ class ImageTextGuider(comfy.samplers.CFGGuider):
             cond[FIRST_SIGMA] = sigmas[0]
         return super().inner_sample(noise, latent_image, device, sampler, sigmas, *args, **kwargs)
 
-    def predict_noise(self, x, timestep, model_options={}, seed=None) -> torch.Tensor:
+    def predict_noise(self, x, timestep, model_options={}, seed=None, **options) -> torch.Tensor:
         """Guided x0 for the state x at sigma `timestep` (ComfyUI's name)."""
         if self.cfg_image <= 1 and self.rescale == 0:
-            return super().predict_noise(x, timestep, model_options, seed)
+            return super().predict_noise(x, timestep, model_options, seed, **options)
         branches = _Branches(self.conds.get(NO_PICTURE), self.cfg_image, model_options)
-        guided = super().predict_noise(x, timestep, branches.options, seed)
+        guided = super().predict_noise(x, timestep, branches.options, seed, **options)
         return guided if self.rescale == 0 else self._rescaled(guided, branches.text, x, timestep)
 
     def _rescaled(self, guided, text, x, sigma) -> torch.Tensor:

@@ -113,6 +113,7 @@ class ReferenceSampler(comfy.samplers.Sampler):
         latent_image: torch.Tensor | None = None,
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
+        **options,
     ) -> torch.Tensor:
         """Denoise, as ComfyUI's guiders call it.
 
@@ -126,6 +127,7 @@ class ReferenceSampler(comfy.samplers.Sampler):
                 noise at sigmas[0].
             denoise_mask: same shape, 1 where to denoise, 0 where to keep `latent_image`.
             disable_pbar: hide the progress bar.
+            options: what a newer ComfyUI adds; not used.
 
         Returns:
             The latent (B, C, ...) when the sigmas end at 0, else the variance-exploding state at the last sigma, from

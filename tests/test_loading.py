@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import comfy.utils
 import damage
 import pytest
 import torch
@@ -171,6 +172,25 @@ def test_damage_is_named_with_a_remedy(copy, how, words):
     assert str(copy).replace("\\", "/") in message
     assert [word for word in words if word not in message] == []
     assert not (copy / "owned").exists()
+
+
+@pytest.mark.parametrize("content", ["list of one", "list of two", "number", "nested list"])
+def test_a_file_of_something_else_than_named_tensors_says_so(tmp_path, content):
+    tensor, path = torch.zeros(2), tmp_path / "model.bin"
+    contents = {"list of one": [tensor], "list of two": [tensor] * 2, "number": 3}
+    torch.save(contents.get(content, {"state_dict": [tensor]}), path)
+    with pytest.raises(ValueError, match="should hold named tensors") as caught:
+        weights.read_weights([path])
+    assert str(path) in str(caught.value) and "Choose a file of weights" in str(caught.value)
+
+
+def test_a_comfyui_that_looks_into_every_pickle_as_into_a_dictionary(tmp_path, monkeypatch):
+    """Newer ones do so before they return: what is no dictionary is an AttributeError of theirs."""
+    path = tmp_path / "model.bin"
+    torch.save([torch.zeros(2)] * 2, path)
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *_, **__: [].items())
+    with pytest.raises(weights.NoNamedTensorsError, match="should hold named tensors"):
+        weights.read_file(path)
 
 
 def test_single_file_of_another_family_is_refused(single):

@@ -192,7 +192,7 @@ def a_list(path):
         ("v1.safetensors", lora_only, ["not a PhotoMaker file", "only lora_weights"]),
         ("v1.bin", stranger, ["not a PhotoMaker file", "also epoch"]),
         ("v1.bin", number_inside, ["other objects under epoch"]),
-        ("v1.bin", a_list, ["not a PhotoMaker file", "found a list"]),
+        ("v1.bin", a_list, ["not a PhotoMaker file", "found a"]),
     ],
 )
 def test_damage_is_named_with_a_remedy(tmp_path, name, how, words):
