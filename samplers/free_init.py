@@ -7,13 +7,17 @@ plain noise lacks. Its high frequencies are fresh.
 
 from collections.abc import Callable
 
+import comfy.context_windows
 import comfy.k_diffusion.sampling
+import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 import torch
 
 from . import schedules
 from .filters import LowPass, mix_low_high
 from .noise import add_noise, noise_over_signal, require_frames
+from .step_noise import RowNoise, row_seeds
 
 Callback = Callable[[int, torch.Tensor, torch.Tensor, int], None]
 
@@ -26,8 +30,8 @@ PUBLISHED_SIGMA = 14.6146
 # The sigma below which a run counts as finished: ComfyUI's uni_pc writes 0.001 in place of 0 into the sigmas it gets.
 FINISHED_SIGMA = 0.005
 
-# Parts the fresh noise of a seed from every other noise of that seed: samplers draw from the seed and the one above it.
-FRESH_NOISE_KEY = 0x4672656573686E6F
+# Tells the fresh noise of a seed from every other noise of that seed.
+FRESH_NOISE = "FreeInit"
 MAX_SEED = 2**64 - 1
 
 
@@ -35,7 +39,7 @@ class FreeInit(comfy.samplers.Sampler):
     """Denoises a clip several times, each time from noise that has the low frequencies of the run before.
 
     Only the noise differs between the runs; a latent image and a mask are handed to each of them. The first run is the
-    wrapped sampler's own.
+    wrapped sampler's own. Whatever a node put around a run, such as EasyCache, starts afresh with each of them.
 
     Args:
         sampler: the sampler that does each run.
@@ -91,24 +95,23 @@ class FreeInit(comfy.samplers.Sampler):
         config = getattr(base_model, "scheduler_config", None)
         plans = [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
         mask = self.low_pass.mask(noise.shape[-3:], noise.device)
-        draw = _fresh_noise(extra_args.get("seed"))
+        draw = RowNoise(row_seeds(extra_args.get("seed"), noise, FRESH_NOISE))
         initial, result = noise.clone(), None
         with _Progress(plans, callback, disable_pbar) as progress:
-            for run, plan in enumerate(plans):
-                if run > 0:
-                    noise = mix_low_high(add_noise(result, initial, last_sigma), draw(noise), mask)
-                result = self.sampler.sample(
-                    model_wrap,
-                    plan,
-                    _run_args(extra_args, plan, run),
-                    progress.of_run(run),
-                    noise,
-                    latent_image,
-                    denoise_mask,
-                    disable_pbar=True,
-                    **options,
-                )
+            for number, plan in enumerate(plans):
+                if number > 0:
+                    fresh = _for_windows(draw(noise), extra_args)
+                    noise = mix_low_high(add_noise(result, initial, last_sigma), fresh, mask)
+                    _forget_run(model_wrap)
+                args, report = _run_args(extra_args, plan, number), progress.of_run(number)
+                sampler = self._sampler_of(args.get("seed"), initial)
+                result = _run(model_wrap, sampler, plan, args, report, noise, latent_image, denoise_mask, options)
         return result
+
+    def _sampler_of(self, seed: int | None, initial: torch.Tensor) -> comfy.samplers.Sampler:
+        """The wrapped sampler; if it draws noise for each clip, then by the initial noise of the first run."""
+        seeded = getattr(self.sampler, "seeded", None)
+        return self.sampler if seeded is None else seeded(row_seeds(seed, initial))
 
     def _run_sigmas(self, sigmas: torch.Tensor, run: int, config: dict | None) -> torch.Tensor:
         """The sigmas of one run, counted from 0; a copy, because there are samplers that change theirs."""
@@ -188,15 +191,67 @@ def _check_run(noise: torch.Tensor, sigmas: torch.Tensor) -> None:
 
 def _run_args(extra_args: dict, sigmas: torch.Tensor, run: int) -> dict:
     """The model's arguments for one run: its sigmas, and a seed of its own for what the sampler draws."""
-    options = extra_args.get("model_options", {})
-    transformer_options = {**options.get("transformer_options", {}), "sample_sigmas": sigmas}
-    args = {**extra_args, "model_options": {**options, "transformer_options": transformer_options}}
+    args = {**extra_args, "model_options": _with_sigmas(extra_args.get("model_options", {}), sigmas)}
     if extra_args.get("seed") is not None:
         args["seed"] = (extra_args["seed"] + run) & MAX_SEED
     return args
 
 
-def _fresh_noise(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Draws float32 unit noise of a tensor's shape on the CPU, so that a seed means the same on every device."""
-    generator = None if seed is None else torch.Generator("cpu").manual_seed((seed ^ FRESH_NOISE_KEY) & MAX_SEED)
-    return lambda like: torch.randn(like.shape, generator=generator).to(like.device)
+def _with_sigmas(options: dict, sigmas: torch.Tensor) -> dict:
+    return {**options, "transformer_options": {**options.get("transformer_options", {}), "sample_sigmas": sigmas}}
+
+
+def _run(
+    guider: comfy.samplers.CFGGuider,
+    sampler: comfy.samplers.Sampler,
+    sigmas: torch.Tensor,
+    extra_args: dict,
+    callback: Callback,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None,
+    denoise_mask: torch.Tensor | None,
+    options: dict,
+) -> torch.Tensor:
+    """One run inside all that nodes put around a run, which is where they keep what they remember of it."""
+    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+    wrappers = comfy.patcher_extension.get_all_wrappers(kind, guider.model_options, is_model_options=True)
+
+    def sample(noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *_, **__):
+        if wrappers:
+            extra_args["model_options"] = _joined(extra_args["model_options"], guider.model_options, sigmas)
+        return sampler.sample(
+            guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar=True, **options
+        )
+
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(sample, guider, wrappers)
+    seed, shapes = extra_args.get("seed"), [noise.shape]
+    return executor.execute(
+        noise, latent_image, sampler, sigmas, denoise_mask, callback, True, seed, latent_shapes=shapes
+    )
+
+
+def _joined(given: dict, current: dict, sigmas: torch.Tensor) -> dict:
+    """The options that a sampler was given, with what the wrappers of its run have made of the guider's since."""
+    current = comfy.model_patcher.create_model_options_clone(current)
+    transformer_options = {**given["transformer_options"], **current.get("transformer_options", {})}
+    return _with_sigmas({**given, **current, "transformer_options": transformer_options}, sigmas)
+
+
+def _for_windows(noise: torch.Tensor, extra_args: dict) -> torch.Tensor:
+    """Fresh noise (B, C, F, H, W), shuffled over ComfyUI's context windows as they had the initial noise shuffled."""
+    windows = extra_args.get("model_options", {}).get("context_handler")
+    if not getattr(windows, "freenoise", False):
+        return noise
+    lengths = windows.context_length, windows.context_overlap
+    return comfy.context_windows.apply_freenoise(noise, windows.dim, *lengths, extra_args["seed"])
+
+
+def _forget_run(guider: comfy.samplers.CFGGuider) -> None:
+    """Put the model, its hooks and its control nets into the state in which a run finds them."""
+    guider.model_patcher.cleanup()
+    guider.model_patcher.pre_run()
+    for conds in guider.conds.values():
+        for hooks in filter(None, (cond.get("hooks") for cond in conds)):
+            for hook in hooks.hooks:
+                hook.initialize_timesteps(guider.inner_model)
+        comfy.samplers.pre_run_control(guider.inner_model, conds)

@@ -5,8 +5,9 @@ variance-preserving space, x = sqrt(a) * x0 + sqrt(1 - a) * noise with a = 1 / (
 unit-variance noise. Here the state is kept in the second space, and only the model sees the first.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
@@ -14,6 +15,7 @@ import comfy.samplers
 import torch
 
 from . import cogvideox, schedules
+from .step_noise import RowNoise, row_seeds
 
 # A model without a scheduler configuration: the last step ends at alpha 1, nothing is clipped.
 NO_CONFIG = {"clip_sample": False}
@@ -100,7 +102,13 @@ class ReferenceSampler(comfy.samplers.Sampler):
             raise ValueError(f"Unknown algorithm {algorithm!r}. Choose one of: {', '.join(CHOICES)}.")
         if not 0.0 <= eta <= 1.0:
             raise ValueError(f"eta is {eta}. Choose a value from 0 (deterministic) to 1 (as random as DDPM).")
-        self.algorithm, self.eta = algorithm, eta
+        self.algorithm, self.eta, self.seeds = algorithm, eta, None
+
+    def seeded(self, seeds: Sequence[int] | None) -> "ReferenceSampler":
+        """A copy that draws the noise of its steps from one seed per clip, in place of those of `row_seeds`."""
+        sampler = copy.copy(self)
+        sampler.seeds = seeds
+        return sampler
 
     @torch.no_grad()
     def sample(
@@ -120,7 +128,8 @@ class ReferenceSampler(comfy.samplers.Sampler):
         Args:
             model_wrap: a guider; predicts x0 from a variance-exploding state, and carries the model as `inner_model`.
             sigmas: (n + 1,), the noise level before each step, then the one to end at.
-            extra_args: keyword arguments of the model; "seed" also seeds the noise that steps add.
+            extra_args: keyword arguments of the model; "seed" also seeds the noise that steps add, which every clip
+                draws by itself: see `step_noise.row_seeds`.
             callback: called after each prediction with (step, x0, variance-exploding state, n).
             noise: (B, C, ...), unit variance, or zero when `latent_image` is already noisy.
             latent_image: same shape. All zero: start from `noise` alone at unit variance. Otherwise start from it with
@@ -147,7 +156,8 @@ class ReferenceSampler(comfy.samplers.Sampler):
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise
         model_args = {**extra_args, "denoise_mask": denoise_mask}
-        draw = _noise_source(extra_args.get("seed"))
+        seeds = row_seeds(extra_args.get("seed"), noise) if self.seeds is None else self.seeds
+        draw = RowNoise(seeds)
 
         state = _start(noise, latent_image, levels[0], alphas[0])
         for step in comfy.k_diffusion.sampling.trange(len(levels) - 1, disable=disable_pbar):
@@ -240,12 +250,3 @@ def _predictions(
         residue = schedules.ZERO_SNR_ALPHA
         denoised = (denoised - math.sqrt(residue) * state) / math.sqrt(1 - residue)
     return denoised, state
-
-
-def _noise_source(seed: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Draws unit noise of a tensor's shape on the CPU, so that a seed means the same on every device.
-
-    The seed is moved by one: with the seed itself the first draw would be ComfyUI's initial noise again.
-    """
-    generator = None if seed is None else torch.Generator("cpu").manual_seed((seed + 1) % 2**64)
-    return lambda like: torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)

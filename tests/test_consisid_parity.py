@@ -17,6 +17,7 @@ from consistent_video.models import consisid_conditioning
 from consistent_video.models.consisid import KEY_POINTS, PICTURE
 from consistent_video.patches.dynamic_cfg import install_dynamic_cfg
 from consistent_video.samplers import reference, schedules
+from consistent_video.samplers.step_noise import RowNoise, row_seeds
 from native_sampling import conditioning, sample
 
 PROMPT, NEGATIVE = "a woman waves at the camera, film grain", "blurry"
@@ -90,8 +91,8 @@ def run(loaded, noise, cfg=6.0, steps=STEPS, model=None, algorithm="auto", **kwa
 
 def draws_of(noise):
     """What the reference sampler draws in a run with seed `SEED`, frames before channels as in the scheduler."""
-    generator = torch.Generator().manual_seed(SEED + 1)
-    return lambda *args, **kwargs: torch.randn(noise.transpose(1, 2).shape, generator=generator)
+    draw = RowNoise(row_seeds(SEED, noise))
+    return lambda *args, **kwargs: draw(noise.transpose(1, 2))
 
 
 def run_pipeline(pipeline, noise, scheduler, cfg=6.0, steps=STEPS, monkeypatch=None, **kwargs):

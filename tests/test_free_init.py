@@ -1,10 +1,13 @@
 """FreeInit under ComfyUI's guider against diffusers' FreeInitMixin: same tiny weights, same noise."""
 
+import comfy.hooks
 import comfy.model_base
 import comfy.samplers
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from diffusers import TextToVideoSDPipeline
 from diffusers.pipelines.free_init_utils import FreeInitMixin
 
@@ -12,6 +15,7 @@ from consistent_video.loaders import checkpoint
 from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.nodes import noise as nodes
 from consistent_video.samplers import free_init, reference, schedules
+from consistent_video.samplers.step_noise import RowNoise, row_seeds
 from native_sampling import conditioning, sample
 
 PROMPT = "a panda surfing a wave"
@@ -68,7 +72,7 @@ class Loop(FreeInitMixin):
     def run(self, noise, steps, cfg, iterations, fast_sampling, filter, order, spatial_stop, temporal_stop):
         self.enable_free_init(iterations, fast_sampling, filter, order, spatial_stop, temporal_stop)
         texts = self.pipeline.encode_prompt([PROMPT] * len(noise), "cpu", 1, True, [NEGATIVE] * len(noise))
-        generator = torch.Generator().manual_seed(SEED ^ free_init.FRESH_NOISE_KEY)
+        generator = [torch.Generator().manual_seed(seed) for seed in row_seeds(SEED, noise, free_init.FRESH_NOISE)]
         latents = noise
         for iteration in range(iterations):
             latents, timesteps = self._apply_free_init(
@@ -126,9 +130,9 @@ def test_each_run_has_fresh_noise_and_a_seed_of_its_own(loaded):
 
     run(loaded, wrapped(Recorder(), temporal_stop=0.0), 1)
     starts, seeds = zip(*seen)
-    generator = torch.Generator().manual_seed(SEED ^ free_init.FRESH_NOISE_KEY)
+    draw = RowNoise(row_seeds(SEED, noise_of(*SHAPE), free_init.FRESH_NOISE))
     assert torch.equal(starts[0], noise_of(*SHAPE))
-    assert all(torch.equal(start, torch.randn(SHAPE, generator=generator)) for start in starts[1:])
+    assert all(torch.equal(start, draw(start)) for start in starts[1:])
     assert seeds == (SEED, SEED + 1, SEED + 2)
 
 
@@ -257,3 +261,76 @@ def test_latents_without_frames_are_refused():
     guider = type("Guider", (), {"inner_model": type("Model", (), {"model_sampling": sampling})})
     with pytest.raises(ValueError, match=r"FreeInit needs a clip latent.*\(1, 4, 8, 8\)"):
         wrapped().sample(guider, torch.tensor([14.0, 0.0]), {}, None, noise_of(1, 4, 8, 8))
+
+
+def test_a_clip_of_a_batch_is_made_again_alone(loaded):
+    """Fresh noise, and what the wrapped sampler draws, go by the clip."""
+    noise = noise_of(3, *SHAPE[1:])
+    sampler = wrapped(reference.reference_sampler("ddim", 1.0), iterations=2)
+    batch = run(loaded, sampler, 2, noise)
+    for clip in (0, 2):
+        alone = run(loaded, sampler, 2, noise[clip : clip + 1])
+        assert (alone - batch[clip]).abs().max() < 1e-3 * batch.abs().max()
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+@pytest.mark.parametrize("fast_sampling", [False, True])
+def test_what_a_cache_remembers_ends_with_each_run(loaded, node, fast_sampling):
+    """The second run is a run of its own over the noise that the first left."""
+    model = node.execute(loaded[0], 0.3, 0.15, 0.95, False).result[0]
+    starts, steps = [], 8
+
+    class Recorder(reference.ReferenceDDIM):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+            starts.append((noise.clone(), sigmas))
+            return super().sample(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+    both = run(loaded, wrapped(Recorder(), iterations=2, fast_sampling=fast_sampling), steps, model=model)
+    assert len(starts) == 2 and len(starts[0][1]) == (5 if fast_sampling else 9)
+    noise, sigmas = starts[1]
+    once = run(loaded, reference.ReferenceDDIM(), model=model, noise=noise, sigmas=sigmas)
+    assert torch.equal(both, once)
+    assert not torch.equal(once, run(loaded, reference.ReferenceDDIM(), noise=noise, sigmas=sigmas))
+
+
+def test_hooks_start_again_with_each_run(loaded):
+    """A LoRA that is scheduled for the first half of a run acts in the first half of every run."""
+    weight = loaded[0].model.state_dict()["diffusion_model.conv_in.weight"]
+    hooks = comfy.hooks.create_hook_lora({"diffusion_model.conv_in.diff": torch.ones_like(weight)}, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.0, 0.5)):
+        frames.add(comfy.hooks.HookKeyframe(strength, start))
+    hooks.set_keyframes_on_hooks(frames)
+    seen = []
+
+    def record(apply_model, arguments):
+        seen.append(not torch.equal(loaded[0].model.diffusion_model.conv_in.weight, weight_before))
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    weight_before = weight.clone()
+    model = loaded[0].clone()
+    model.set_model_unet_function_wrapper(record)
+    prompts = [
+        [[text, {**extra, "hooks": hooks}] for text, extra in conditioning(loaded[1], words)]
+        for words in (PROMPT, NEGATIVE)
+    ]
+    sample(model, *prompts, noise_of(*SHAPE), wrapped(iterations=2), reference_sigmas(loaded, 4), 1.0, seed=SEED)
+    assert seen == [True, True, False, False] * 2
+
+
+def test_fresh_noise_is_shuffled_over_context_windows_as_the_first(loaded):
+    seen = []
+
+    class Recorder(reference.ReferenceDDIM):
+        def sample(self, model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs):
+            seen.append(noise.clone())
+            return super().sample(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+    model = ContextWindowsManualNode.execute(
+        loaded[0], 4, 1, "standard_static", 1, False, "pyramid", 2, True, "", False
+    ).result[0]
+    noise = noise_of(1, 4, 8, 6, 5)
+    run(loaded, wrapped(Recorder(), iterations=2, temporal_stop=0.0), 1, noise, model=model)
+    for start in seen:
+        for frame in range(4, 8):
+            assert any(torch.equal(start[:, :, frame], start[:, :, earlier]) for earlier in range(frame))

@@ -12,6 +12,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 
 from consistent_video.nodes.noise import FrameInitNoise, FreeInitSampler, SharedNoise
 from consistent_video.samplers import filters, free_init, noise
+from consistent_video.samplers.step_noise import RowNoise, row_seeds
 
 SEED = 11
 WAN = {
@@ -112,8 +113,7 @@ def test_free_init_repeats_a_native_model(native):
 
     first = model.model.process_latent_in(denoise(model, Fixed(start), euler, latent, sigmas))
     carried = noise.add_noise(first, start, free_init.PUBLISHED_SIGMA)
-    generator = torch.Generator().manual_seed(SEED ^ free_init.FRESH_NOISE_KEY)
-    fresh = torch.randn(start.shape, generator=generator)
+    fresh = RowNoise(row_seeds(SEED, start, free_init.FRESH_NOISE))(start)
     low = filters.LowPass(*LOW_PASS.values()).mask(start.shape[-3:], start.device)
     second = filters.mix_low_high(carried, fresh, low)
     expected = denoise(model, Fixed(second), euler, latent, sigmas)

@@ -13,6 +13,7 @@ from comfy.model_management import InterruptProcessingException
 from diffusers import DDIMScheduler
 
 from consistent_video.samplers import reference, schedules
+from consistent_video.samplers.step_noise import RowNoise, row_seeds
 
 SHAPE = (2, 4, 3, 5, 6)
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ def published(config, steps, start, latent=None, denoise=1.0, eta=0.0, cfg=1.0, 
     scheduler = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps)
     visited = scheduler.timesteps[steps - min(int(steps * denoise), steps) :]
-    network, generator, predictions = Network(), torch.Generator().manual_seed(seed + 1), []
+    network, draw, predictions = Network(), RowNoise(row_seeds(seed, start)), []
     state = start if latent is None else scheduler.add_noise(latent, start, visited[:1])
     for timestep in visited:
         batch = timestep.expand(len(state)).float()
@@ -142,7 +143,7 @@ def published(config, steps, start, latent=None, denoise=1.0, eta=0.0, cfg=1.0, 
         if cfg != 1.0:
             negative = network(state, batch, text(-0.3).expand(len(state), -1, -1))
             output = negative + cfg * (output - negative)
-        fresh = torch.randn(SHAPE, generator=generator) if eta > 0 else None
+        fresh = draw(start) if eta > 0 else None
         step = scheduler.step(output, timestep, state, eta=eta, variance_noise=fresh)
         state = step.prev_sample
         predictions.append(step.pred_original_sample)
@@ -261,7 +262,7 @@ def test_noise_of_eta_is_the_seeds():
 
 def test_noise_of_eta_differs_from_comfyuis_initial_noise():
     initial = torch.randn(SHAPE, generator=torch.Generator().manual_seed(SEED))
-    drawn = reference._noise_source(SEED)(initial)
+    drawn = RowNoise(row_seeds(SEED, initial))(initial)
     assert abs(torch.corrcoef(torch.stack((initial.flatten(), drawn.flatten())))[0, 1]) < 0.15
 
 
@@ -301,5 +302,21 @@ def test_unknown_choices_are_refused():
 
 
 def test_the_largest_seed_of_the_widget_draws_noise_too():
-    draw = reference._noise_source(2**64 - 1)
-    assert draw(torch.zeros(2, 3)).std() > 0.1
+    assert RowNoise(row_seeds(2**64 - 1, noise()))(noise()).std() > 0.1
+
+
+def test_a_clip_of_a_batch_is_drawn_again_alone():
+    """Its initial noise, which ComfyUI draws by its index in the batch, tells the sampler which clip it is."""
+    model, sigmas = build(MODELSCOPE), schedules.reference_sigmas(MODELSCOPE, 6)
+    start = torch.cat([noise(seed)[:1] for seed in range(3)])
+    batch = run(model, sigmas, start, eta=1.0)
+    for clip in (0, 2):
+        alone = run(model, sigmas, start[clip : clip + 1], eta=1.0)
+        torch.testing.assert_close(alone, batch[clip : clip + 1], rtol=0, atol=1e-5)
+
+
+def test_clips_that_go_on_without_noise_differ_from_each_other():
+    model, sigmas = build(MODELSCOPE), schedules.reference_sigmas(MODELSCOPE, 6)
+    latent = noise(3)[:1].repeat(2, *[1] * (len(SHAPE) - 1))
+    first, second = run(model, sigmas[2:], torch.zeros_like(latent), latent, eta=1.0)
+    assert (first - second).abs().mean() > 0.05

@@ -8,6 +8,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 import native_sampling
 from consistent_video.models.base import VideoModel, VideoModelConfig
 from consistent_video.samplers import reference, schedules
+from consistent_video.samplers.step_noise import row_seeds
 
 SHAPE = (2, 4, 3, 5, 6)  # (B, C, F, H, W)
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def published(config, steps, start, cfgs=1.0, seed=SEED) -> tuple[torch.Tensor, 
     scheduler = SCHEDULERS[config["_class_name"]].from_config(config)
     scheduler.set_timesteps(steps)
     cfgs = [cfgs] * steps if isinstance(cfgs, float) else cfgs
-    network, generator = Network(), torch.Generator().manual_seed(seed + 1)
+    network, generator = Network(), [torch.Generator().manual_seed(row) for row in row_seeds(seed, start)]
     state, clean, predictions = start.transpose(1, 2), None, []
     for index, (timestep, cfg) in enumerate(zip(scheduler.timesteps, cfgs, strict=True)):
         latent, batch = state.transpose(1, 2), timestep.expand(len(state)).float()
