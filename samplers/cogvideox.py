@@ -93,7 +93,7 @@ class CogVideoXDPM(CogVideoXDDIM):
 
     The first step, which has no prediction before it, and the one to the final alpha are of first order. Noise is drawn
     as the published scheduler draws it: frames before channels, and in a step of second order twice, of which the first
-    draw is not used. One generator then gives the published noise.
+    draw is not used. A generator per clip then gives the published noise.
     """
 
     def __init__(self, config: dict, sigmas: torch.Tensor, alphas: list[float], eta: float = 0.0):

@@ -17,12 +17,15 @@ from ..patches.bank_origin import bank_size, origin_of
 from ..patches.character_bank import CharacterBank, Tokens
 from ..patches.consistent_attention import ConsistentAttention
 from ..patches.token_sharing import Sharing
+from ..samplers.step_noise import noise_seed, seeded
 from .conditioning import Identity, batch, encode_panel, encode_text
 from .plan import Pass, plan
 from .script import Story
 
 LATENT_PIXEL = 8
 NEGATIVE = "negative"
+# Tells the noise of a panel's steps from every other noise of the seed.
+PANEL_NOISE = "story panel"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Settings:
 
     Args:
         cfg: guidance.
-        seed: of the noise.
+        seed: of the noise; every panel's follows from it and from the number of the panel, in its steps too.
         width, height: of the panels in pixels, multiples of 8.
         id_panels: reference panels per character.
         sharing: what panels share when.
@@ -158,7 +161,11 @@ class StoryRun:
         guider.set_conds(batch([prompts[index] for index in rows]), prompts[NEGATIVE])
         guider.set_cfg(self.settings.cfg)
         noise, empty, sigmas = self.noise[rows], self.empty[rows], self.sigmas.clone()  # uni_pc writes into them
-        samples = guider.sample(noise, empty, self.sampler, sigmas, callback=callback, seed=self.settings.seed)
+        sampler = seeded(self.sampler, [noise_seed(PANEL_NOISE, self.settings.seed, panel) for panel in rows])
+        # For what draws otherwise, from the seed of the run or from the global generator, these panels are the seed.
+        seed = noise_seed(PANEL_NOISE, self.settings.seed, rows)
+        torch.manual_seed(seed)
+        samples = guider.sample(noise, empty, sampler, sigmas, callback=callback, seed=seed)
         return samples.to(comfy.model_management.intermediate_device())
 
     def _announce_bank(self, passes: list[Pass]) -> None:

@@ -1,10 +1,14 @@
 """Drawing stories in process: the order of the passes, banks, redrawn panels, progress, cancelling and errors."""
 
 import dataclasses
+import inspect
 import logging
+import types
 from typing import NamedTuple
 
 import comfy.cli_args
+import comfy.k_diffusion.sampling
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -25,8 +29,10 @@ from consistent_video.patches.consistent_attention import ConsistentAttention
 from consistent_video.patches.context_windows import slide
 from consistent_video.patches.shared_layers import shared_layers
 from consistent_video.patches.token_sharing import Sharing
+from consistent_video.samplers.reference import ReferenceSampler
+from consistent_video.samplers.step_noise import BROWNIAN, noise_seed, seeded
 from consistent_video.story.plan import plan
-from consistent_video.story.sampling import Settings, StoryRun, needed_passes, select_panels
+from consistent_video.story.sampling import PANEL_NOISE, Settings, StoryRun, needed_passes, select_panels
 from consistent_video.story.script import MAIN_CHARACTER, parse_story
 
 # Text widths of `tiny_photomaker.tiny_clip`.
@@ -136,6 +142,9 @@ class ByHand:
         pooled = torch.cat([options["pooled_output"] for _, options in entries])
         positive = [[torch.cat([text for text, _ in entries]), {**entries[0][1], "pooled_output": pooled}]]
         noise, sampler = self.noise(panels), comfy.samplers.sampler_object(self.sampler)
+        # Each panel's noise is that of the sampler in a batch of one, with the panel's own seed.
+        seeds = [noise_seed(PANEL_NOISE, SETTINGS.seed, panel) for panel in panels]
+        sampler = seeded(sampler, seeds)
         guider = guide(model, positive, self.encode("blurry"), self.cfg)
         return guider.sample(
             noise, torch.zeros_like(noise), sampler, SIGMAS.clone(), seed=SETTINGS.seed, disable_pbar=True
@@ -219,6 +228,74 @@ def test_any_sampler(tools, sampler):
     samples, bank = run_of(tools, ONE, sampler).draw()
     assert torch.equal(samples, ByHand(tools, ONE_PROMPTS, sampler).story_of_one())
     assert torch.equal(run_of(tools, ONE, sampler).draw(bank, [2])[0], samples[2:3])
+
+
+STOCHASTIC = [
+    *(name for name in comfy.samplers.KSAMPLER_NAMES if "ancestral" in name or "sde" in name),
+    *("lcm", "ddpm", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece", "dpm_adaptive"),
+]
+
+
+class Noise(NamedTuple):
+    """What a sampler adds to panels over a model whose prediction is 0, so that nothing else is in them."""
+
+    name: str
+
+    def of(self, seeds: list[int], like=None) -> torch.Tensor:
+        kind = comfy.model_base.ModelType.EPS
+        sampling = comfy.model_base.model_sampling(None, kind)
+        patcher = types.SimpleNamespace(get_model_object=lambda _: sampling)
+        inner = types.SimpleNamespace(model_sampling=sampling)
+
+        def predict(x, sigma, model_options=None, **_):
+            for function in (model_options or {}).get("sampler_post_cfg_function", []):
+                function({"denoised": 0 * x, "uncond_denoised": 0 * x})
+            return 0 * x
+
+        predict.inner_model = types.SimpleNamespace(inner_model=inner, model_patcher=patcher)
+        options = {"eta": 1.0} if self.name == "dpm_adaptive" else {}
+        sampler = seeded(comfy.samplers.ksampler(self.name, options), seeds)
+        x = torch.ones(len(seeds), 4, 8, 8)
+        args = {"seed": 7, "model_options": {}}
+        return sampler.sampler_function(
+            predict, x, SIGMAS[:-1].clone(), extra_args=args, callback=None, disable=True, **sampler.extra_options
+        )
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_the_noise_of_steps_is_the_panels_own(name):
+    """Alone or in a batch, at any place in it; noise of different panels has nothing in common."""
+    noise = Noise(name)
+    batch = noise.of([5, 6, 7])
+    assert abs(torch.corrcoef(batch.flatten(1)).tril(-1)).max() < 0.25
+    if name != "dpm_adaptive":  # its steps depend on the whole batch
+        assert torch.equal(noise.of([6])[0], batch[1]) and torch.equal(noise.of([7, 5]), batch[[2, 0]])
+
+
+def test_the_samplers_with_brownian_noise_are_known():
+    """A sampler that ComfyUI gives another kind of noise would get the wrong one."""
+    sampling = comfy.k_diffusion.sampling
+    functions = {name: getattr(sampling, name) for name in dir(sampling) if name.startswith("sample_")}
+    sources = {name: inspect.getsource(function) for name, function in functions.items()}
+    direct = {name for name, source in sources.items() if "= BrownianTreeNoiseSampler(" in source}
+    assert direct | {"sample_dpmpp_2m_sde_heun"} == set(BROWNIAN)
+    assert all(("cpu=False" in sources[name]) != BROWNIAN[name] for name in direct)
+
+
+def test_samplers_that_draw_from_the_global_generator_draw_a_panel_as_it_was(tools):
+    """Euler with churn, as nodes of others have it."""
+    run = run_of(tools, ONE)
+    run.sampler = comfy.samplers.ksampler("euler", {"s_churn": 3.0})
+    samples, bank = run.draw()
+    torch.manual_seed(99)
+    assert torch.equal(run.draw(bank, [3])[0], samples[3:])
+
+
+def test_the_reference_sampler_draws_each_panel_by_its_number(tools):
+    run = run_of(tools, ONE)
+    run.sampler = ReferenceSampler("ddim", 1.0)
+    samples, bank = run.draw()
+    assert torch.equal(run.draw(bank, [3])[0], samples[3:])
 
 
 def test_the_sigmas_stay_as_they_are(tools):
