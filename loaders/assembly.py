@@ -7,8 +7,10 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ..models import parameter_patches
 from ..models.base import VideoModelConfig
 from ..samplers import schedules
+from . import lora_files
 from .families import Family
 from .folders import check_family, read_config, read_config_or
 from .network import WEIGHT_DTYPES, build_on_meta, choose_dtypes, load_network
@@ -100,6 +102,8 @@ def assemble(
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload_device = comfy.model_management.unet_offload_device()
     patcher = patcher_class(model, comfy.model_management.get_torch_device(), offload_device)
+    parameter_patches.install(patcher, family.title)
+    lora_files.watch(patcher, family.title)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     return patcher

@@ -26,3 +26,12 @@ def adopt(network: torch.nn.Module, operations: type, replacements: dict[type, t
     for module in network.modules():
         module.__class__ = classes.get(type(module), type(module))
     return network
+
+
+def is_bypassed(layer: torch.nn.Module) -> bool:
+    """Whether a layer is called in a way of its own, which adapters do that bypass its weights.
+
+    Where they were taken off, the layer keeps its class's `forward` as an attribute.
+    """
+    own = vars(layer).get("forward")
+    return own is not None and getattr(own, "__func__", own) is not type(layer).forward

@@ -15,6 +15,7 @@ from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDBlock
 from torch.nn.functional import gelu, linear
 
+from .adopt import is_bypassed
 from .attention import attend
 
 # Rows per feed-forward chunk: bounds the hidden layer, which is four times as wide. On a CPU it stays near the caches.
@@ -54,9 +55,8 @@ class ChunkedGELUFeedForward(FeedForward):
         on_cpu = comfy.model_management.is_device_cpu(hidden.device)
         limit = CPU_ROWS if on_cpu else DEVICE_ROWS
         rows = hidden.reshape(-1, hidden.shape[-1])
-        # adapters that bypass the weights put their own forward on a layer
         wide, narrow = getattr(self.net[0], "proj", None), self.net[2]
-        bypassed = wide is None or "forward" in vars(wide) or "forward" in vars(narrow)
+        bypassed = wide is None or is_bypassed(wide) or is_bypassed(narrow)
         if bypassed or type(self.net[0]) is not GELU or rows.shape[0] <= limit:
             return super().forward(hidden)
         wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)

@@ -23,6 +23,7 @@ from diffusers.models.transformers.consisid_transformer_3d import (
 )
 from torch.nn.functional import linear
 
+from .adopt import is_bypassed
 from .consisid_blocks import ChunkedGELUFeedForward, JointAttention, JointBlock, JointNorm
 from .consisid_identity import FaceAttention, FaceExtractor, ResamplerAttention
 from .consisid_positions import rotary_table
@@ -83,7 +84,11 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
             raise ValueError(
                 f"num_layers {config.num_layers} is no multiple of cross_attn_interval {config.cross_attn_interval}"
             )
-        if self.positioned and not config.use_learned_positional_embeddings:
+        if config.use_learned_positional_embeddings:
+            # A buffer to diffusers: as a parameter, merges and LoRAs reach it.
+            positions = self.patch_embed.pos_embedding
+            self.patch_embed.pos_embedding = torch.nn.Parameter(positions, requires_grad=False)
+        elif self.positioned:
             # Computed for each clip; this copy is in no file.
             self.patch_embed.pos_embedding = None
 
@@ -170,8 +175,7 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
     def _project_patches(self, patches: torch.Tensor, channels: slice, with_bias: bool) -> torch.Tensor:
         """Tokens of patches that hold some of the input channels: the patch convolution is linear in them."""
         layer = self.patch_embed.proj
-        # adapters that bypass the weights put their own forward on a layer
-        if "forward" in vars(layer):
+        if is_bypassed(layer):
             kernels = patches.new_zeros(patches.shape[0] * patches.shape[1] + 1, layer.in_channels, *layer.kernel_size)
             kernels[:-1, channels] = patches.view(-1, *kernels[:, channels].shape[1:])
             tokens = layer(kernels).flatten(1)

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn.functional import gelu, linear
 
+from .adopt import is_bypassed
 from .attention import attend
 from .block_patches import patched, run_patched
 
@@ -60,8 +61,7 @@ class ChunkedFeedForward(FeedForward):
         limit, geglu = (CPU_ROWS, _geglu_columns) if on_cpu else (DEVICE_ROWS, _geglu_rows)
         rows = hidden.reshape(-1, hidden.shape[-1])
         wide, narrow = self.net[0].proj, self.net[2]
-        # adapters that bypass the weights put their own forward on a layer
-        bypassed = "forward" in vars(wide) or "forward" in vars(narrow)
+        bypassed = is_bypassed(wide) or is_bypassed(narrow)
         # training: autograd cannot follow what is written in place, and the layers may be torch's own
         trained = torch.is_grad_enabled() or not isinstance(wide, comfy.ops.CastWeightBiasOp)
         if bypassed or trained or (rows.shape[0] <= limit and not on_cpu):
