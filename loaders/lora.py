@@ -109,8 +109,7 @@ class DiffusersLoRAAdapter(LoRAAdapter):
         used = set() if loaded_keys is None else loaded_keys
         file = LoRAFile.being_read(lora, used)
         for name in (*names, *file.original_names(layer)):
-            parts = file.layers.get(name)
-            if parts is None:
+            if name not in file.layers:
                 continue
             patch = _of_parts(name, lora, BIAS_PATCHES if is_bias else WEIGHT_PATCHES, used)
             if patch is None and not is_bias:
@@ -126,21 +125,15 @@ class DiffusersLoRAAdapter(LoRAAdapter):
     ) -> comfy.weight_adapter.WeightAdapterBase | None:
         """The adapter of whatever kind that a file has under a layer's `name`."""
         alpha = _take(lora, f"{name}.alpha", used)
+        scale = None if alpha is None else alpha.item()
         dora_scale = _take(lora, f"{name}.dora_scale", used)
-        magnitude = next(
-            (
-                f"{name}.lora_magnitude_vector{end}"
-                for end in ("", ".weight")
-                if f"{name}.lora_magnitude_vector{end}" in lora
-            ),
-            None,
-        )
+        magnitude = _take(lora, f"{name}.lora_magnitude_vector", used)
+        if magnitude is None:
+            magnitude = _take(lora, f"{name}.lora_magnitude_vector.weight", used)
         for adapter_class in comfy.weight_adapter.adapters:
             if adapter_class is cls:
                 continue
-            adapter = adapter_class.load(
-                name, lora, None if alpha is None else alpha.item(), dora_scale, used, **options
-            )
+            adapter = adapter_class.load(name, lora, scale, dora_scale, used, **options)
             if type(adapter) is not LoRAAdapter:
                 if adapter is not None:
                     return adapter
@@ -148,8 +141,7 @@ class DiffusersLoRAAdapter(LoRAAdapter):
             up, down, scale, mid, dora_scale, reshape = adapter.weights
             if magnitude is not None:
                 # peft's name for DoRA's scale, one number for each output
-                used.add(magnitude)
-                dora_scale = lora[magnitude].reshape(-1, *[1] * (down.ndim - 1))
+                dora_scale = magnitude.reshape(-1, *[1] * (down.ndim - 1))
             return cls(used, (up, down, scale, mid, dora_scale, reshape))
         return None
 
