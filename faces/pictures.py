@@ -6,6 +6,8 @@ Pictures are uint8 arrays (H, W, 3), RGB, 0..255. Points lie at pixel centres: (
 import numpy as np
 import torch
 
+from ..models.pictures import CHANNELS, picture_flaw, rgb
+
 LANCZOS_TAPS = 8
 
 
@@ -13,22 +15,21 @@ def to_picture(image: torch.Tensor) -> np.ndarray:
     """An IMAGE as an 8-bit RGB picture (H, W, 3); alpha is dropped, grey is repeated.
 
     Args:
-        image: (H, W, C) or (1, H, W, C), 0..1, with 1, 3 or 4 channels.
+        image: (H, W, C) or (1, H, W, C), 0..1, with 1 to 4 channels.
 
     Raises:
         ValueError: another shape, no pixels, or values that are not numbers.
     """
     picture = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
-    if picture.ndim != 3 or picture.shape[-1] not in (1, 3, 4) or 0 in picture.shape:
+    if picture.ndim != 3 or picture.shape[-1] not in CHANNELS or 0 in picture.shape:
         raise ValueError(
-            f"A face is looked for in one picture (height, width, 1, 3 or 4 channels), found {tuple(image.shape)}. "
+            f"A face is looked for in one picture (height, width, 1 to 4 channels), found {tuple(image.shape)}. "
             "Connect a single image."
         )
-    if not bool(picture.isfinite().all()):
-        raise ValueError("The picture has NaN or infinite values. Check the node that made it.")
-    if picture.shape[-1] == 1:
-        picture = picture.expand(-1, -1, 3)
-    return picture[..., :3].float().mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    flaw = picture_flaw(picture.unsqueeze(0))
+    if flaw:
+        raise ValueError(flaw)
+    return rgb(picture).float().mul(255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def to_image(picture: np.ndarray) -> torch.Tensor:

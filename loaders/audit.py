@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import folders, single_file
+from . import fingerprint, folders, single_file
 from .assembly import build_network
 from .checkpoint import load_folder_clip, load_folder_vae
 from .families import FAMILIES, Family
@@ -35,6 +35,11 @@ def find_source(name: str) -> Path:
     if name in folders.checkpoint_folders() or not name.startswith(FILE_PREFIX):
         return folders.find_checkpoint(name)
     return single_file.find_file(name.removeprefix(FILE_PREFIX))
+
+
+def fingerprint_source(name: str | None) -> str:
+    """Changes with the folder or file; see `fingerprint.of_choice`."""
+    return fingerprint.of_choice(name, list_sources, lambda each: fingerprint.of_folder(find_source(each)))
 
 
 def report(name: str) -> str:

@@ -63,9 +63,12 @@ def list_face_sources() -> list[str]:
     return [*sorted(_folders()), *sorted(_mediapipe_files()), BUILT_IN]
 
 
-def explain_missing_face_source(name: str) -> bool | str:
-    """True when the source exists, else a message that says where to get it and where to put it."""
-    if name == BUILT_IN or name in _folders() or name in _mediapipe_files():
+def explain_missing_face_source(name: str | None) -> bool | str:
+    """True when the source exists, else a message that says where to get it and where to put it.
+
+    Also True for None, which ComfyUI says in place of a name that comes over a wire: loading then tells.
+    """
+    if name is None or name == BUILT_IN or name in _folders() or name in _mediapipe_files():
         return True
     return f"Face model '{name}' was not found. {_where_packs_go()} Then refresh the node list (R)."
 
@@ -102,8 +105,15 @@ def load_face_model(source: str, provider: str = "auto") -> FaceModel:
     return FaceModel(source, detector, recogniser, missing=missing, **parts)
 
 
-def fingerprint_face_source(source: str) -> str:
-    """Changes when a file that the source is loaded from is added, removed or rewritten."""
+def fingerprint_face_source(source: str | None) -> str:
+    """Changes when a file that the source is loaded from is added, removed or rewritten.
+
+    See `fingerprint.of_choice`.
+    """
+    return fingerprint.of_choice(source, list_face_sources, _fingerprint_source)
+
+
+def _fingerprint_source(source: str) -> str:
     folder = _folders().get(source)
     files = [*(_onnx_files(folder) if folder else []), _mediapipe_files().get(source)]
     files += [_part_file(part, folder) for part in PARTS]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
+from . import fingerprint
 from .families import Family
 
 MAX_DEPTH = 3
@@ -88,19 +89,27 @@ def find_checkpoint(name: str) -> Path:
     folder = checkpoint_folders().get(name)
     if folder is None:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
-        raise FileNotFoundError(f"Checkpoint folder '{name}' was not found in {roots}.")
+        raise FileNotFoundError(f"Checkpoint folder '{name}' was not found in {roots}. Choose one that the node lists.")
     return folder
 
 
-def explain_missing(family: Family, name: str) -> bool | str:
-    """True when the checkpoint exists, else a message that says where to get it and where to put it."""
-    if name in checkpoint_folders():
+def explain_missing(family: Family, name: str | None) -> bool | str:
+    """True when the checkpoint exists, else a message that says where to get it and where to put it.
+
+    Also True for None, which ComfyUI says in place of a name that comes over a wire: loading then tells.
+    """
+    if name is None or name in checkpoint_folders():
         return True
     roots = " or ".join(folder_paths.get_folder_paths("diffusers"))
     return (
         f"Checkpoint folder '{name}' was not found. Download {family.title}, published as {family.repository}, "
         f"with all its sub-folders into a folder in {roots}, then refresh the node list (R)."
     )
+
+
+def fingerprint_checkpoint(name: str | None) -> str:
+    """Changes when a file of the checkpoint changes; see `fingerprint.of_choice`."""
+    return fingerprint.of_choice(name, checkpoint_folders, lambda each: fingerprint.of_folder(find_checkpoint(each)))
 
 
 def check_family(folder: Path, family: Family) -> None:

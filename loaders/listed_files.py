@@ -5,6 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
+from . import fingerprint
+
 
 @dataclass(frozen=True)
 class ListedFiles:
@@ -35,9 +37,16 @@ class ListedFiles:
             raise FileNotFoundError(self._missing(name))
         return Path(path)
 
-    def check(self, name: str) -> bool | str:
-        """True when the file is there, else a message that says where to get it and where it goes."""
-        return True if name in self.names() else self._missing(name)
+    def check(self, name: str | None) -> bool | str:
+        """True when the file is there, else a message that says where to get it and where it goes.
+
+        Also True for None, which ComfyUI says in place of a name that comes over a wire: `find` then tells.
+        """
+        return True if name is None or name in self.names() else self._missing(name)
+
+    def fingerprint(self, name: str | None) -> str:
+        """Changes with the file; see `fingerprint.of_choice`."""
+        return fingerprint.of_choice(name, self.names, lambda each: fingerprint.of_file(self.find(each)))
 
     def _missing(self, name: str) -> str:
         folders = " or ".join(folder_paths.get_folder_paths(self.kind))

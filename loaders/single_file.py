@@ -7,7 +7,7 @@ import comfy.model_patcher
 import folder_paths
 import torch
 
-from . import original_modelscope
+from . import fingerprint, original_modelscope
 from .assembly import assemble, published_latent_format
 from .families import FAMILIES, Family
 from .network import build_on_meta
@@ -33,6 +33,11 @@ def find_file(name: str) -> Path:
             f"{name} was not found in {', '.join(folder_paths.get_folder_paths('diffusion_models'))}."
         )
     return Path(path)
+
+
+def fingerprint_file(name: str | None) -> str:
+    """Changes with the file; see `fingerprint.of_choice`."""
+    return fingerprint.of_choice(name, list_files, lambda each: fingerprint.of_file(find_file(each)))
 
 
 def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

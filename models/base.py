@@ -9,6 +9,8 @@ import comfy.model_management
 import comfy.supported_models_base
 import torch
 
+from .clip_latents import check_clip_latents
+
 MODEL_TYPES = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
@@ -76,6 +78,15 @@ class VideoModel(comfy.model_base.BaseModel):
     def get_dtype(self, **options) -> torch.dtype:
         """Type of the stored weights (diffusers networks answer with the type of whatever layer comes first)."""
         return self.model_config.unet_config["dtype"]
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Conditioning of one prompt.
+
+        Raises:
+            ValueError: the latent to sample is not a clip of this model's latents.
+        """
+        check_clip_latents(kwargs["noise"], self.latent_format)
+        return super().extra_conds(**kwargs)
 
     def text_states(self, **kwargs) -> torch.Tensor:
         """The prompt's text states (B, S, D) on the device and in the type of the computation.

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from .consisid import IDENTITY, KEY_POINTS, PICTURE, STRENGTH, VISION
-from .i2vgenxl_picture import check_pictures, to_pillow
+from .i2vgenxl_picture import to_pillow
+from .pictures import check_pictures
 
 ENCODINGS = ("sample", "mode")
 # Pixels that both sides of a clip are multiples of: the VAE's compression times the network's patches.

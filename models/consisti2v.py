@@ -6,6 +6,7 @@ import comfy.utils
 import torch
 
 from .base import FIRST_SIGMA
+from .clip_latents import check_clip_count
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
 from .unet3d_model import UNet3DModel
 
@@ -68,6 +69,7 @@ class ConsistI2VModel(UNet3DModel):
             )
         if noise.shape[2] < 2:
             raise ValueError("ConsistI2V continues a first frame: sample a latent of 2 frames or more.")
+        check_clip_count(first.shape[0], noise.shape[0])
         return comfy.model_management.cast_to_device(first, kwargs["device"], torch.float32)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):

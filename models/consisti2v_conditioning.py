@@ -6,7 +6,7 @@ import torch
 
 from .consisti2v_picture import moving_crops
 from .frame_vae import FrameVAE, over_frames
-from .i2vgenxl_picture import check_pictures
+from .pictures import check_pictures
 
 # Keys of a conditioning entry; here so that the nodes do not import the network.
 FIRST_FRAME = "consisti2v_first_frame"

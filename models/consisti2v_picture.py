@@ -7,6 +7,8 @@ pipeline_conditional_animation.py.
 import torch
 from torch.nn.functional import interpolate
 
+from .pictures import rgb
+
 ZOOM = 1.5
 MOTIONS = ("none", "pan_left", "pan_right", "zoom_in", "zoom_out")
 
@@ -86,8 +88,8 @@ def _center(pictures: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 
 def channels_first(images: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3 or more) -> (B, 3, H, W)."""
-    return images[..., :3].movedim(-1, 1)
+    """(B, H, W, C), C 1 to 4 -> (B, 3, H, W); alpha is dropped, gray is repeated."""
+    return rgb(images).movedim(-1, 1)
 
 
 def channels_last(pictures: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import comfy.conds
 import comfy.model_management
 import torch
 
+from .clip_latents import check_clip_count
 from .i2vgenxl_conditioning import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
 from .unet3d_model import UNet3DModel
 
@@ -68,6 +69,7 @@ class I2VGenXLModel(UNet3DModel):
             raise ValueError(
                 f"The image embedding has {embedding.shape[1]} frames, but the latent to sample has {noise.shape[2]}."
             )
+        check_clip_count(first.shape[0], noise.shape[0])
         parts = (self.text_states(**kwargs), image_latents(first, noise.shape[2]), embedding)
         clips = max(part.shape[0] for part in parts)
         parts = [_repeat(comfy.model_management.cast_to_device(part, kwargs["device"], dtype), clips) for part in parts]

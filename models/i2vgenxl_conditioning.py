@@ -6,7 +6,8 @@ import node_helpers
 import torch
 
 from .frame_vae import FrameVAE, over_frames
-from .i2vgenxl_picture import check_pictures, first_frames, vision_pictures
+from .i2vgenxl_picture import first_frames, vision_pictures
+from .pictures import check_pictures
 
 # Keys of a conditioning entry; here so that the nodes do not import the network.
 IMAGE_LATENT = "i2vgenxl_image_latent"

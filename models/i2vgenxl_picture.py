@@ -1,32 +1,20 @@
 """What I2VGen-XL does to a picture before encoding it, pixel for pixel (diffusers, pipeline_i2vgen_xl.py).
 
-Pictures are ComfyUI images: (B, H, W, C), C 1, 3 or 4, values 0..1.
+Pictures are ComfyUI images: (B, H, W, C), C 1 to 4, values 0..1.
 """
 
 import numpy
 import torch
 from PIL import Image
 
-MINIMUM_SIDE = 8
+from .pictures import check_pictures, rgb
 
-
-def check_pictures(images: torch.Tensor) -> None:
-    """Raise ValueError for pictures that cannot be encoded."""
-    height, width, channels = images.shape[1:]
-    if images.shape[0] == 0:
-        raise ValueError("The image batch is empty. Connect at least one picture.")
-    if min(height, width) < MINIMUM_SIDE:
-        raise ValueError(f"The picture is {width}x{height} pixels. Use one of at least {MINIMUM_SIDE}x{MINIMUM_SIDE}.")
-    if channels not in (1, 3, 4):
-        raise ValueError(f"The picture has {channels} channels. Use a gray, RGB or RGBA picture.")
-    if not images.isfinite().all():
-        raise ValueError("The picture holds NaN or infinite values. Check the node that made it.")
+__all__ = ["center_crop", "check_pictures", "first_frames", "to_pillow", "vision_pictures"]
 
 
 def to_pillow(images: torch.Tensor) -> list[Image.Image]:
     """8-bit RGB pictures; alpha is dropped, gray is repeated."""
-    rgb = images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
-    arrays = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    arrays = (rgb(images).float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     return [Image.fromarray(numpy.ascontiguousarray(array)) for array in arrays]
 
 

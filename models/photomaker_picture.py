@@ -8,7 +8,8 @@ import numpy
 import torch
 from PIL import Image
 
-from .i2vgenxl_picture import check_pictures, to_pillow
+from .i2vgenxl_picture import to_pillow
+from .pictures import check_pictures
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -5,8 +5,9 @@ import comfy.sd
 import torch
 
 from .i2vgenxl_conditioning import add_pictures
-from .i2vgenxl_picture import check_pictures, vision_pictures
+from .i2vgenxl_picture import vision_pictures
 from .motion_predictor import MotionPredictorModel, linear_interpolation
+from .pictures import check_pictures
 
 
 def condition_transition(

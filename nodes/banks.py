@@ -6,12 +6,13 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..loaders import character_bank as bank_files
-from ..loaders import fingerprint
+from .sockets import checked
 from .types import CHARACTER_BANK
 
 CATEGORY = "ConsistentVideo/story"
 
 
+@checked
 class SaveCharacterBank(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -43,6 +44,7 @@ class SaveCharacterBank(io.ComfyNode):
         return io.NodeOutput(ui={"banks": [{"filename": file, "subfolder": subfolder, "type": "output"}]})
 
 
+@checked
 class LoadCharacterBank(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -68,7 +70,7 @@ class LoadCharacterBank(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return fingerprint.of_file(bank_files.FILES.find(file))
+        return bank_files.FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

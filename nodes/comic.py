@@ -4,11 +4,13 @@ from comfy_api.latest import io
 
 from ..loaders import fonts
 from ..story import lettering_fonts, pages
+from .sockets import checked
 from .types import STORY
 
 CATEGORY = "ConsistentVideo/story"
 
 
+@checked
 class ComicPage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

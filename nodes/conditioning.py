@@ -5,10 +5,12 @@ from comfy_api.latest import io
 from ..models import consisti2v_conditioning, i2vgenxl_conditioning
 from ..models.consisti2v_picture import MOTIONS
 from ..samplers import latents
+from .sockets import checked
 
 CATEGORY = "ConsistentVideo/conditioning"
 
 
+@checked
 class I2VGenXLConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -98,6 +100,7 @@ class I2VGenXLConditioning(io.ComfyNode):
         return io.NodeOutput(positive, negative, latent)
 
 
+@checked
 class ConsistI2VConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

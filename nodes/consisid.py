@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..faces.consisid import condition_face
-from ..loaders import fingerprint, folders
+from ..loaders import folders
 from ..loaders.checkpoint import load_folder
 from ..loaders.families import CONSISID
 from ..models import consisid_conditioning
@@ -11,11 +11,13 @@ from ..patches import step_cache
 from ..samplers import latents
 from .loader_inputs import CATEGORY as LOADERS
 from .loader_inputs import checkpoint_input, weight_dtype_input
+from .sockets import checked
 from .types import FACE_EMBEDS
 
 CATEGORY = "ConsistentVideo/conditioning"
 
 
+@checked
 class ConsisIDLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -42,13 +44,14 @@ class ConsisIDLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
-        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+        return folders.fingerprint_checkpoint(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(*load_folder(CONSISID, folders.find_checkpoint(checkpoint), weight_dtype))
 
 
+@checked
 class ConsisIDConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -137,6 +140,7 @@ class ConsisIDConditioning(io.ComfyNode):
         return io.NodeOutput(positive, negative, latents.empty_latent(vae, width, height, frames, batch_size))
 
 
+@checked
 class StepCache(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -12,11 +12,13 @@ from ..loaders.face_model import (
     list_face_sources,
     load_face_model,
 )
+from .sockets import checked
 from .types import FACE_EMBEDS, FACE_MODEL
 
 CATEGORY = "ConsistentVideo/faces"
 
 
+@checked
 class FaceModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -57,6 +59,7 @@ class FaceModelLoader(io.ComfyNode):
         return io.NodeOutput(load_face_model(source, provider))
 
 
+@checked
 class FaceEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -89,6 +92,7 @@ class FaceEncode(io.ComfyNode):
         return io.NodeOutput(face, face.picture, draw_key_points(face.aligned_points, width, height))
 
 
+@checked
 class FaceSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

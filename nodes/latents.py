@@ -3,10 +3,12 @@
 from comfy_api.latest import io
 
 from ..samplers import latents
+from .sockets import checked
 
 CATEGORY = "ConsistentVideo/latent"
 
 
+@checked
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -54,6 +56,7 @@ class EmptyLatent(io.ComfyNode):
         return io.NodeOutput(latents.empty_latent(vae, width, height, frames, batch_size))
 
 
+@checked
 class LastFrame(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,6 +75,7 @@ class LastFrame(io.ComfyNode):
         return io.NodeOutput(latents.last_frame(latent))
 
 
+@checked
 class JoinClips(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

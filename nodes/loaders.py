@@ -2,14 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..loaders import audit, fingerprint, folders, single_file
+from ..loaders import audit, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
 from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE
 from ..models.frame_vae import over_frames
 from .loader_inputs import CATEGORY, checkpoint_input, weight_dtype_input
 from .reports import show_text
+from .sockets import checked
 
 
+@checked
 class ModelScopeLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,13 +39,14 @@ class ModelScopeLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
-        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+        return folders.fingerprint_checkpoint(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(*load_folder(MODELSCOPE, folders.find_checkpoint(checkpoint), weight_dtype))
 
 
+@checked
 class I2VGenXLLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,7 +75,7 @@ class I2VGenXLLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
-        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+        return folders.fingerprint_checkpoint(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
@@ -81,6 +84,7 @@ class I2VGenXLLoader(io.ComfyNode):
         return io.NodeOutput(*parts, load_folder_vision(folder, weight_dtype))
 
 
+@checked
 class ConsistI2VLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -105,13 +109,14 @@ class ConsistI2VLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, weight_dtype: str) -> str:
-        return fingerprint.of_folder(folders.find_checkpoint(checkpoint))
+        return folders.fingerprint_checkpoint(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(*load_folder(CONSISTI2V, folders.find_checkpoint(checkpoint), weight_dtype))
 
 
+@checked
 class DiffusionModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -143,13 +148,14 @@ class DiffusionModelLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, family: str, weight_dtype: str) -> str:
-        return fingerprint.of_file(single_file.find_file(file))
+        return single_file.fingerprint_file(file)
 
     @classmethod
     def execute(cls, file: str, family: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(single_file.load_file(single_file.find_file(file), family, weight_dtype))
 
 
+@checked
 class FrameVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -176,6 +182,7 @@ class FrameVAE(io.ComfyNode):
         return io.NodeOutput(over_frames(vae))
 
 
+@checked
 class CheckpointAudit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -200,7 +207,7 @@ class CheckpointAudit(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str) -> str:
-        return fingerprint.of_folder(audit.find_source(checkpoint))
+        return audit.fingerprint_source(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str) -> io.NodeOutput:

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..samplers import filters, free_init
 from ..samplers import noise as initial_noise
+from .sockets import checked
 
 NOISE_CATEGORY = "ConsistentVideo/noise"
 SAMPLING_CATEGORY = "ConsistentVideo/sampling"
@@ -46,6 +47,7 @@ def low_pass_inputs(kind: str) -> list:
     ]
 
 
+@checked
 class SharedNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -89,6 +91,7 @@ class SharedNoise(io.ComfyNode):
         return io.NodeOutput(initial_noise.SharedNoise(noise_seed, mode, alpha))
 
 
+@checked
 class FrameInitNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -136,6 +139,7 @@ class FrameInitNoise(io.ComfyNode):
         return io.NodeOutput(initial_noise.FrameInitNoise(noise, model, static_video, noise_level, low_pass))
 
 
+@checked
 class FreeInitSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -4,11 +4,13 @@ from comfy_api.latest import io
 
 from ..patches import consistent_attention, context_windows, dynamic_cfg, free_u, token_sharing
 from .sharing_inputs import rate_inputs, schedule_inputs, variant_inputs
+from .sockets import checked
 from .types import CHARACTER_BANK
 
 CATEGORY = "ConsistentVideo/patches"
 
 
+@checked
 class ConsistentSelfAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,6 +103,7 @@ class ConsistentSelfAttention(io.ComfyNode):
         return io.NodeOutput(context_windows.slide(model, window, window_stride) if window else model)
 
 
+@checked
 class FreeU(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -154,6 +157,7 @@ class FreeU(io.ComfyNode):
         return io.NodeOutput(free_u.install_free_u(model, b1, b2, s1, s2))
 
 
+@checked
 class DynamicCFG(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -4,13 +4,14 @@ from comfy_api.latest import io
 
 from ..faces.photomaker import encode, read_counts
 from ..faces.photomaker_faces import faces_for_photomaker
-from ..loaders import fingerprint
 from ..loaders import photomaker as files
+from .sockets import checked
 from .types import FACE_EMBEDS, FACE_MODEL, PHOTOMAKER
 
 CATEGORY = "ConsistentVideo/photomaker"
 
 
+@checked
 class PhotoMakerLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,7 +49,7 @@ class PhotoMakerLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model, file: str, lora_strength: float) -> str:
-        return fingerprint.of_file(files.FILES.find(file))
+        return files.FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, model, file: str, lora_strength: float) -> io.NodeOutput:
@@ -56,6 +57,7 @@ class PhotoMakerLoader(io.ComfyNode):
         return io.NodeOutput(files.apply_lora(model, lora, lora_strength, file), photomaker)
 
 
+@checked
 class PhotoMakerEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

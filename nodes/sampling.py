@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..samplers import guidance, reference, schedules
+from .sockets import checked
 
 CATEGORY = "ConsistentVideo/sampling"
 
@@ -23,6 +24,7 @@ def scheduler_config(model) -> dict:
     return config
 
 
+@checked
 class ReferenceScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -60,6 +62,7 @@ class ReferenceScheduler(io.ComfyNode):
         return io.NodeOutput(schedules.reference_sigmas(scheduler_config(model), steps, denoise))
 
 
+@checked
 class ReferenceSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -96,6 +99,7 @@ class ReferenceSampler(io.ComfyNode):
         return io.NodeOutput(reference.reference_sampler(algorithm, eta))
 
 
+@checked
 class ImageTextGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,6 +8,7 @@ from ..story import conditioning, sampling, script, styles
 from ..story.plan import describe, outline
 from .reports import show_text
 from .sharing_inputs import rate_inputs, schedule_inputs, variant_inputs
+from .sockets import checked
 from .types import CHARACTER_BANK, FACE_EMBEDS, FACE_MODEL, PHOTOMAKER, STORY
 
 CATEGORY = "ConsistentVideo/story"
@@ -24,6 +25,7 @@ PANELS_EXAMPLE = (
 )
 
 
+@checked
 class StoryScript(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -73,6 +75,7 @@ class StoryScript(io.ComfyNode):
         return io.NodeOutput(story, ui=show_text(cls, outline(story)))
 
 
+@checked
 class StoryConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -107,6 +110,7 @@ class StoryConditioning(io.ComfyNode):
         return io.NodeOutput(conditioning.batch(prompts), negative, len(story.panels))
 
 
+@checked
 class StorySampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

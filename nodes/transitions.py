@@ -2,16 +2,17 @@
 
 from comfy_api.latest import io
 
-from ..loaders import fingerprint
 from ..loaders import motion_predictor as files
 from ..models import i2vgenxl_conditioning, transition_conditioning
 from ..samplers import latents
 from ..story import transitions
+from .sockets import checked
 from .types import MOTION_PREDICTOR, STORY
 
 CATEGORY = "ConsistentVideo/transitions"
 
 
+@checked
 class MotionPredictorLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,13 +38,14 @@ class MotionPredictorLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return fingerprint.of_file(files.FILES.find(file))
+        return files.FILES.fingerprint(file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         return io.NodeOutput(files.load_motion_predictor(files.FILES.find(file)))
 
 
+@checked
 class TransitionConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -161,6 +163,7 @@ class TransitionConditioning(io.ComfyNode):
         return io.NodeOutput(positive, negative, latent)
 
 
+@checked
 class StoryTransitions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -204,6 +207,7 @@ class StoryTransitions(io.ComfyNode):
         return io.NodeOutput(starts, ends, transitions.prompts(len(images), story))
 
 
+@checked
 class JoinTransitions(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -139,7 +139,7 @@ def test_single_file_of_each_family_is_recognised(models_folder, unet_state):
     [
         (torch.zeros(0, 64, 64, 3), "image batch is empty"),
         (torch.zeros(1, 1, 1, 3), "1x1 pixels"),
-        (torch.zeros(1, 64, 64, 2), "2 channels"),
+        (torch.zeros(1, 64, 64, 5), "5 channels"),
         (torch.full((1, 64, 64, 3), float("nan")), "NaN or infinite"),
     ],
 )
