@@ -1,5 +1,7 @@
 """Fixtures: a real ComfyUI in this process, tiny checkpoints built once per session."""
 
+import random
+import shutil
 from pathlib import Path
 
 from comfy_process import comfyui_folder, enter
@@ -19,6 +21,27 @@ from comfy_server import ComfyServer  # noqa: E402
 import tiny_checkpoints  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run modules, and the tests in them, in random order")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("server") or item.get_closest_marker("browser"):
+            item.add_marker("slow")
+    if config.option.shuffle is not None:
+        order = random.Random(config.option.shuffle)
+        modules = {}
+        for item in items:
+            modules.setdefault(item.path, []).append(item)
+        groups = sorted(modules.values(), key=lambda group: group[0].path)
+        order.shuffle(groups)
+        for group in groups:
+            order.shuffle(group)
+        items[:] = [item for group in groups for item in group]
+
+
 @pytest.fixture(params=["classic", "dynamic"])
 def memory_mode(request, monkeypatch):
     """Runs a test twice: as ComfyUI loads on a CPU, and with what dynamic VRAM, its default on NVIDIA, does to loading.
@@ -36,10 +59,16 @@ def memory_mode(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def models_folder(tmp_path_factory):
+def tiny_models(pytestconfig):
+    """The tiny checkpoints as a ComfyUI models folder that is kept between runs; not to be written into."""
+    return tiny_checkpoints.build_once(pytestconfig.cache.mkdir("tiny_checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory, tiny_models):
     """A ComfyUI models folder with the tiny checkpoints, known to ComfyUI's `folder_paths`."""
     folder = tmp_path_factory.mktemp("models")
-    tiny_checkpoints.build_all(folder)
+    shutil.copytree(tiny_models, folder, dirs_exist_ok=True)
     for kind in ("diffusers", "diffusion_models", "loras", "vae"):
         (folder / kind).mkdir(exist_ok=True)
         folder_paths.add_model_folder_path(kind, str(folder / kind), is_default=True)
@@ -57,10 +86,10 @@ def i2vgenxl_folder(models_folder):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, tiny_models):
     """A live ComfyUI server with this pack, `tensor_nodes` and checkpoints of its own, which a test may damage."""
     folder = tmp_path_factory.mktemp("comfyui")
-    tiny_checkpoints.build_all(folder / "models")
+    shutil.copytree(tiny_models, folder / "models")
     (folder / "custom_nodes").mkdir()
     (folder / "custom_nodes" / "tensor_nodes").symlink_to(Path(__file__).parent / "tensor_nodes")
     with ComfyServer(folder, comfyui=comfyui_folder()) as running:
