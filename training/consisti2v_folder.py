@@ -115,7 +115,7 @@ def open_base(folder: Path, frames: int, seed: int) -> BaseFolder:
 def _from_video_network(state: dict, component: Path) -> tuple[ConsistI2VUNet, dict[str, torch.Tensor]]:
     """The network of a ConsistI2V folder, and what its file holds beside the network's weights."""
     network = build_network(CONSISTI2V, component)
-    live = CONSISTI2V.prepare(state)
+    live = CONSISTI2V.parts.prepare(state)
     difference = compare(live, network)
     if difference:
         raise ValueError(f"{component} does not fit its config.json: {difference.summary()}. Download it again.")

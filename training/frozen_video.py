@@ -78,7 +78,7 @@ def load_frozen(folder: Path, dtype: torch.dtype) -> I2VGenXLUNet:
     component = folder / I2VGENXL.component
     state = read_weights(find_weights(component, "diffusion_pytorch_model"))
     network = build_network(I2VGENXL, component)
-    network = load_network(network, state, torch.float32, torch.nn, I2VGENXL.replacements, str(component))
+    network = load_network(network, state, torch.float32, torch.nn, I2VGENXL.parts.replacements, str(component))
     for parameter in network.parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.to(dtype)
