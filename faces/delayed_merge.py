@@ -46,7 +46,7 @@ def last_text_sigma(sigmas: torch.Tensor, merge_start: float) -> float | None:
         ValueError: sigmas that are no schedule.
     """
     check_schedule(sigmas)
-    steps = sigmas.double().flatten().tolist()[:-1]
+    steps = sigmas.flatten().tolist()[:-1]
     last = steps[min(int(merge_start * len(steps)), len(steps) - 1)]
     following = next((sigma for sigma in steps if sigma < last), None)
     if following is None:

@@ -13,6 +13,8 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 
+from .run_levels import follow_levels, timestep_at
+
 MODES = ("progress", "reference")
 
 # Kinds of the discrete sampling space whose timesteps are no positions in the table of sigmas.
@@ -63,7 +65,8 @@ class DynamicGuidance:
         if cfg <= 1:  # no guidance, and ComfyUI has not evaluated the negative prompt
             return args["denoised"]
         sampling, sigma = args["model"].model_sampling, args["sigma"]
-        timestep, total = int(sampling.timestep(sigma.flatten()[:1]).item()), len(sampling.sigmas)
+        options, total = args["model_options"].get("transformer_options", {}), len(sampling.sigmas)
+        timestep = timestep_at(options, sampling, sigma)
         # What other nodes put in the place of the guidance is asked again, and what the guider added to it stays.
         usual, changed = (self._guided(args, strength) for strength in (cfg, self.scale(cfg, timestep, total)))
         return args["denoised"] - usual + changed
@@ -110,6 +113,7 @@ def install_dynamic_cfg(
     if any(isinstance(function, DynamicGuidance) for function in installed):
         raise ValueError("This model has a Dynamic CFG already. Remove one of the two nodes.")
     model = model.clone()
+    follow_levels(model)
     # First, because it replaces the result of the guidance, which the other functions work on.
     model.model_options["sampler_post_cfg_function"] = [guidance, *installed]
     return model

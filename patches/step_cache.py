@@ -22,6 +22,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..models.consisid import ConsisIDModel
+from .run_levels import follow_levels, sigma_at
 
 KEY = "consistent_video_step_cache"
 
@@ -112,7 +113,7 @@ class StepCache:
         run, names = options.get(KEY), options.get("uuids")
         if run is None or names is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        sigma = t.max().item()
+        sigma = sigma_at(options, t)
         known = [run.predictions.get(name) for name in names]
         if run.last < sigma <= run.first and all(self._holds(prediction, sigma) for prediction in known):
             return torch.cat([prediction.denoised for prediction in known])
@@ -153,6 +154,7 @@ def install_step_cache(
         raise ValueError("This model has a Step Cache already. Remove one of the two nodes.")
     model = model.clone()
     if threshold:
+        follow_levels(model)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, cache.start_run)
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, cache.predict)
     return model

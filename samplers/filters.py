@@ -6,6 +6,7 @@ arXiv 2402.04324).
 
 import dataclasses
 
+import comfy.model_management
 import torch
 
 KINDS = ("gaussian", "butterworth", "ideal", "box")
@@ -87,7 +88,8 @@ def mix_low_high(low: torch.Tensor, high: torch.Tensor, mask: torch.Tensor) -> t
         mask: (T, H, W) as of `LowPass.mask`; any sizes, odd ones too.
 
     Returns:
-        (..., T, H, W) in the dtype of `high`, computed in float32 or better.
+        (..., T, H, W) in the dtype and on the device of `high`, computed in float32 or better; on the CPU unless that
+        device is of CUDA's kind: others lack complex numbers or Fourier transforms of some sizes.
 
     Raises:
         ValueError: shapes that differ.
@@ -99,10 +101,11 @@ def mix_low_high(low: torch.Tensor, high: torch.Tensor, mask: torch.Tensor) -> t
             "sizes."
         )
     dtype = torch.promote_types(high.dtype, torch.float32)
-    base = high.to(dtype)
+    device = high.device if comfy.model_management.is_device_cuda(high.device) else "cpu"
+    base = high.to(device, dtype)
     # The transform is linear: low * mask + high * (1 - mask) = high + (low - high) * mask, with one transform less.
-    spectrum = torch.fft.fftn(low.to(dtype) - base, dim=AXES) * torch.fft.ifftshift(mask.to(base), dim=AXES)
-    return (base + torch.fft.ifftn(spectrum, dim=AXES).real).to(high.dtype)
+    spectrum = torch.fft.fftn(low.to(base) - base, dim=AXES) * torch.fft.ifftshift(mask.to(base), dim=AXES)
+    return (base + torch.fft.ifftn(spectrum, dim=AXES).real).to(high)
 
 
 def _around_centre(size: int, reach: int) -> torch.Tensor:

@@ -93,7 +93,7 @@ class FreeInit(comfy.samplers.Sampler):
         last_sigma = carried_sigma(base_model.model_sampling)
         _check_run(noise, sigmas)
         config = getattr(base_model, "scheduler_config", None)
-        plans = [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
+        plans = self.plan_runs(sigmas, config)
         mask = self.low_pass.mask(noise.shape[-3:], noise.device)
         draw = RowNoise(row_seeds(extra_args.get("seed"), noise, FRESH_NOISE))
         initial, result = noise.clone(), None
@@ -112,6 +112,10 @@ class FreeInit(comfy.samplers.Sampler):
         """The wrapped sampler; if it draws noise for each clip, then by the initial noise of the first run."""
         seeded = getattr(self.sampler, "seeded", None)
         return self.sampler if seeded is None else seeded(row_seeds(seed, initial))
+
+    def plan_runs(self, sigmas: torch.Tensor, config: dict | None) -> list[torch.Tensor]:
+        """The sigmas of each run; `config` as of `shorten`."""
+        return [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
 
     def _run_sigmas(self, sigmas: torch.Tensor, run: int, config: dict | None) -> torch.Tensor:
         """The sigmas of one run, counted from 0; a copy, because there are samplers that change theirs."""

@@ -149,9 +149,10 @@ class ReferenceSampler(comfy.samplers.Sampler):
         base_model = model_wrap.inner_model
         _require_exploding(base_model.model_sampling)
         config = schedules.settings(getattr(base_model, "scheduler_config", NO_CONFIG))
-        levels = sigmas.double().tolist()
+        given = sigmas.cpu()
+        levels = given.tolist()
         alphas = _alphas(levels, base_model.model_sampling, config)
-        algorithm = self._start_algorithm(config, sigmas, alphas)
+        algorithm = self._start_algorithm(config, given, alphas)
         latent_image = torch.zeros_like(noise) if latent_image is None else latent_image
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         model.latent_image, model.noise = latent_image, noise
@@ -228,9 +229,11 @@ def _is_terminal(level: float, model_sampling: torch.nn.Module) -> bool:
 
 def _start(noise: torch.Tensor, latent_image: torch.Tensor, level: float, alpha: float) -> torch.Tensor:
     """The first variance-preserving state."""
-    if not latent_image.any() or (alpha == 0 and noise.any()):
-        return noise
-    return (latent_image + level * noise) / math.sqrt(1 + level**2)
+    unmixed = ~latent_image.any()
+    if alpha == 0:
+        unmixed = unmixed | noise.any()
+    # a choice between tensors, because one between branches makes the host wait
+    return torch.where(unmixed, noise, (latent_image + level * noise) / math.sqrt(1 + level**2))
 
 
 def _predictions(

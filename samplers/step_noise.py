@@ -12,6 +12,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 
+import comfy.cli_args
+import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler
@@ -57,6 +59,17 @@ def row_seeds(seed: int | None, noise: torch.Tensor, purpose: str = "steps") -> 
     return [noise_seed(purpose, seed, mark if mark[0] else number) for number, mark in enumerate(marks)]
 
 
+def brought_to(device: torch.device, noise: torch.Tensor) -> torch.Tensor:
+    """Noise drawn on the CPU, on the device.
+
+    Where memory can be pinned, the host does not wait until the device has done what came before.
+    """
+    pinned = comfy.model_management.is_device_cuda(device) and not comfy.cli_args.args.disable_pinned_memory
+    if pinned and comfy.model_management.is_device_cpu(noise.device):
+        noise = noise.pin_memory()
+    return comfy.model_management.cast_to_device(noise, device, noise.dtype)
+
+
 class RowNoise:
     """Unit noise of a tensor's shape, each row from a generator of its own.
 
@@ -72,12 +85,12 @@ class RowNoise:
     def __call__(self, like: torch.Tensor) -> torch.Tensor:
         """Noise (B, ...) of the shape, type and device of `like`."""
         if self.generators is None:
-            return torch.randn(like.shape, dtype=like.dtype).to(like.device)
+            return brought_to(like.device, torch.randn(like.shape, dtype=like.dtype))
         rows = [
             torch.randn(like.shape[1:], dtype=like.dtype, device=self.device, generator=generator)
             for generator in self.generators
         ]
-        return torch.stack(rows).to(like.device)
+        return brought_to(like.device, torch.stack(rows))
 
 
 def seeded(sampler: comfy.samplers.Sampler, seeds: Sequence[int]) -> comfy.samplers.Sampler:
@@ -94,7 +107,8 @@ def seeded(sampler: comfy.samplers.Sampler, seeds: Sequence[int]) -> comfy.sampl
         return sampler.seeded(seeds)
     if not isinstance(sampler, comfy.samplers.KSAMPLER) or not _takes_noise(sampler.sampler_function):
         return sampler
-    sampler = copy.copy(sampler)
+    unseeded, sampler = sampler, copy.copy(sampler)
+    sampler.unseeded = unseeded
     sampler.sampler_function = _with_row_noise(sampler.sampler_function, seeds)
     return sampler
 
