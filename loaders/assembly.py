@@ -6,8 +6,10 @@ import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ..models import parameter_patches
+from ..models.adopt import bring_small_tensors
 from ..models.base import VideoModelConfig
 from ..samplers import schedules
 from . import lora_files
@@ -104,6 +106,7 @@ def assemble(
     patcher = patcher_class(model, comfy.model_management.get_torch_device(), offload_device)
     parameter_patches.install(patcher, family.title)
     lora_files.watch(patcher, family.title)
+    patcher.add_callback(CallbacksMP.ON_LOAD, bring_small_tensors)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     return patcher

@@ -5,11 +5,16 @@ of its layers: weights then stream from RAM in low-VRAM mode, are cast to the co
 patches.
 """
 
+import comfy.model_patcher
+import comfy.utils
 import torch
 
 from .convolution import FewPixelConvolution
 
 ADOPTED_LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding")
+
+# Larger ones, such as a table of positions, are read once per run and stay where ComfyUI leaves them.
+SMALL_BYTES = 2**16
 
 
 def adopt(network: torch.nn.Module, operations: type, replacements: dict[type, type] | None = None) -> torch.nn.Module:
@@ -35,3 +40,21 @@ def is_bypassed(layer: torch.nn.Module) -> bool:
     """
     own = vars(layer).get("forward")
     return own is not None and getattr(own, "__func__", own) is not type(layer).forward
+
+
+def bring_small_tensors(patcher: comfy.model_patcher.ModelPatcher, device: torch.device, *args, **kwargs) -> None:
+    """Callback for after a model was loaded (`ON_LOAD`): move small parameters and buffers outside of layers as well.
+
+    ComfyUI loads layers. In low-VRAM mode it leaves the rest where it is, such as the table of noise levels, and every
+    step would wait for its transfer.
+    """
+    for module in patcher.model.modules():
+        if hasattr(module, "comfy_cast_weights"):
+            continue
+        for place, tensors in (
+            (comfy.utils.set_attr_param, dict(module.named_parameters(recurse=False))),
+            (comfy.utils.set_attr_buffer, dict(module.named_buffers(recurse=False))),
+        ):
+            for name, tensor in tensors.items():
+                if tensor.nbytes <= SMALL_BYTES and tensor.device != device:
+                    place(module, name, tensor.to(device))

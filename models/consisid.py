@@ -33,6 +33,17 @@ def picture_latents(picture: torch.Tensor, key_points: torch.Tensor | None, fram
     return clip
 
 
+class CONDAngles(comfy.conds.CONDConstant):
+    """Rotary angles of the clip that is sampled, in a tuple, in which ComfyUI leaves them in float32.
+
+    All prompts of a run are of one clip: to find their tables equal, nobody has to read the values from the device.
+    """
+
+    def can_concat(self, other: "CONDAngles") -> bool:
+        shapes = [None if table is None else table.shape for (table,) in (self.cond, other.cond)]
+        return shapes[0] == shapes[1]
+
+
 class ConsisIDModel(VideoModel):
     """`ConsisIDTransformer` with everything that only depends on the conditioning computed once per sampling run."""
 
@@ -90,8 +101,7 @@ class ConsisIDModel(VideoModel):
         conds.pop("c_crossattn")
         conds["text_tokens"] = comfy.conds.CONDRegular(condition.text)
         conds["picture_tokens"] = comfy.conds.CONDRegular(condition.picture)
-        # In a tuple, ComfyUI leaves the angles in float32.
-        conds["rotary"] = comfy.conds.CONDConstant((condition.rotary,))
+        conds["rotary"] = CONDAngles((condition.rotary,))
         if condition.face is not None:
             conds["face_keys_values"] = comfy.conds.CONDRegular(condition.face)
         return conds

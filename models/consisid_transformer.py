@@ -164,7 +164,9 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
                 )
             if frames == config.sample_frames:
                 return comfy.model_management.cast_to_device(self.patch_embed.pos_embedding, clip.device, clip.dtype)
-        return self.patch_embed._get_positional_embeddings(*size, frames, device=clip.device)
+        # diffusers computes them in float64, which not every device has
+        positions = self.patch_embed._get_positional_embeddings(*size, frames, device="cpu")
+        return positions.to(clip.dtype).to(clip.device)
 
     def patches(self, clip: torch.Tensor) -> torch.Tensor:
         """Patches (B, N, C * p * p) of a clip (B, C, F', h, w), frame by frame and row by row."""

@@ -59,7 +59,7 @@ class LayerSettings:
 def _mix(hidden: torch.Tensor, change: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """alpha * hidden + (1 - alpha) * (hidden + change), alpha clamped to [0, 1].
 
-    ComfyUI leaves parameters of modules that hold layers where they are in low-VRAM mode, so alpha is fetched here.
+    `adopt.bring_small_tensors` has loaded alpha; what is left is its type.
     """
     share = 1 - comfy.model_management.cast_to(alpha, hidden.dtype, hidden.device).clamp(0, 1)
     return torch.addcmul(hidden, change, share)
