@@ -77,6 +77,11 @@ class Family:
         """As of `Parts`."""
         return self.parts.model
 
+    @property
+    def replacements(self) -> dict[type, type]:
+        """As of `Parts`."""
+        return self.parts.replacements
+
 
 MODELSCOPE = Family(
     name="modelscope",

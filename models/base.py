@@ -1,6 +1,7 @@
 """How ComfyUI calls the networks of this pack: model configuration and sampling space."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import comfy.conds
 import comfy.latent_formats
@@ -15,6 +16,10 @@ MODEL_TYPES = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
 }
+# Of what a run keeps for each clip: one that ComfyUI holds for the run, one that it joins for a call of all prompts.
+COPIES_OF_KEPT = 2
+# Room beside what is counted, for the workspaces of matrix products and convolutions.
+ALLOWANCE = 1.06
 
 # Key of a prompt's extras: the sigma that the run starts at, which Image and Text Guider tells its third branch.
 FIRST_SIGMA = "consistent_video_first_sigma"
@@ -87,6 +92,28 @@ class VideoModel(comfy.model_base.BaseModel):
         """
         check_clip_latents(kwargs["noise"], self.latent_format)
         return super().extra_conds(**kwargs)
+
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping = {}, **kwargs) -> float:
+        """Bytes that a call needs beside the weights, with what is kept through the run.
+
+        Args:
+            input_shape: of the latents, (B, C, F, h, w); B counts a clip once for each prompt.
+            cond_shapes: shapes (B, ...) of the run's conditioning by name. What is not in it is taken as published.
+            kwargs: what other versions of ComfyUI say beside; the estimate does not depend on it.
+        """
+        elements = self.call_elements(input_shape)
+        for name, published in self.kept_elements(input_shape).items():
+            of_clip = max((math.prod(shape[1:]) for shape in cond_shapes.get(name, ())), default=published)
+            elements += COPIES_OF_KEPT * input_shape[0] * of_clip
+        return ALLOWANCE * elements * comfy.model_management.dtype_size(self.get_dtype_inference())
+
+    def call_elements(self, input_shape: Sequence[int]) -> float:
+        """Elements of activations at the peak of a call for latents of `input_shape`."""
+        raise NotImplementedError
+
+    def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
+        """Elements that a run keeps for each clip, by the name of the conditioning, at its published size."""
+        return {}
 
     def text_states(self, **kwargs) -> torch.Tensor:
         """The prompt's text states (B, S, D) on the device and in the type of the computation.

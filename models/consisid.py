@@ -1,12 +1,13 @@
 """ConsisID in ComfyUI."""
 
 import math
+from collections.abc import Sequence
 
 import comfy.conds
 import comfy.model_management
 import torch
 
-from .base import VideoModel
+from .base import COPIES_OF_KEPT, VideoModel
 from .consisid_blocks import DEVICE_ROWS
 
 PICTURE = "consisid_picture"
@@ -17,10 +18,12 @@ STRENGTH = "consisid_strength"
 
 NEEDED = "ConsisID needs a face: connect both prompts through ConsisID Conditioning."
 
-# Elements alive at the peak of one call per token and channel, measured at the published width (a test measures them
-# again): in attention; in a feed-forward layer, and in the chunk of it that is at work.
-ATTENTION_ELEMENTS = 8.0
-FEED_FORWARD_ELEMENTS = 4.4
+# Elements alive at the peak of one call per token and channel, counted at the published width (a test counts them
+# again). In attention: the block's input, its norm, queries, keys, values, the result. In a feed-forward layer: the
+# block's input, its sum with the attention, its norm, the result; and the hidden layer of the chunk in work, four times
+# as wide, before and after the activation.
+ATTENTION_ELEMENTS = 6.05
+FEED_FORWARD_ELEMENTS = 4.05
 CHUNK_ELEMENTS = 8.0
 
 
@@ -47,14 +50,32 @@ class CONDAngles(comfy.conds.CONDConstant):
 class ConsisIDModel(VideoModel):
     """`ConsisIDTransformer` with everything that only depends on the conditioning computed once per sampling run."""
 
-    def memory_required(self, input_shape, cond_shapes={}, **options) -> float:
-        """Bytes of activations for latents of `input_shape` (B, C, F', h, w)."""
-        config = self.diffusion_model.config
-        positions = math.prod(input_shape[2:]) / config.patch_size**2
-        tokens = input_shape[0] * (positions + config.max_text_seq_length)
+    def call_elements(self, input_shape: Sequence[int]) -> float:
+        """Elements of activations at the peak of a call for latents of `input_shape` (B, C, F', h, w)."""
+        tokens = input_shape[0] * (self._picture_tokens(input_shape) + self.diffusion_model.config.max_text_seq_length)
         feed_forward = FEED_FORWARD_ELEMENTS * tokens + CHUNK_ELEMENTS * min(tokens, DEVICE_ROWS)
-        elements = max(ATTENTION_ELEMENTS * tokens, feed_forward) * self.model_config.unet_config["model_channels"]
-        return elements * comfy.model_management.dtype_size(self.get_dtype_inference())
+        return max(ATTENTION_ELEMENTS * tokens, feed_forward) * self._width
+
+    def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
+        """Tokens of text and picture, keys and values of the face, and the rotary table, which is never joined."""
+        config, picture = self.diffusion_model.config, self._picture_tokens(input_shape)
+        tokens = picture + config.max_text_seq_length
+        kept = {"text_tokens": config.max_text_seq_length * self._width, "picture_tokens": picture * self._width}
+        if config.is_train_face:
+            heads = config.cross_attn_dim_head * config.cross_attn_num_heads
+            attentions = config.num_layers // config.cross_attn_interval
+            kept["face_keys_values"] = config.LFE_num_querie * 2 * heads * attentions
+        if config.use_rotary_positional_embeddings:
+            single = 4 / comfy.model_management.dtype_size(self.get_dtype_inference())
+            kept["rotary_table"] = tokens * 2 * config.attention_head_dim * single / COPIES_OF_KEPT
+        return kept
+
+    def _picture_tokens(self, input_shape: Sequence[int]) -> float:
+        return math.prod(input_shape[2:]) / self.diffusion_model.config.patch_size**2
+
+    @property
+    def _width(self) -> int:
+        return self.model_config.unet_config["model_channels"]
 
     def text_states(self, **kwargs) -> torch.Tensor:
         """The prompt's text states (B, T, D) on the device and in the type of the computation.

@@ -21,6 +21,8 @@ from .attention import attend
 # Rows per feed-forward chunk: bounds the hidden layer, which is four times as wide. On a CPU it stays near the caches.
 CPU_ROWS = 512
 DEVICE_ROWS = 8192
+# Queries or keys that are rotated at once.
+ROTATED_ELEMENTS = 2**24
 
 
 class JointAttention(Attention):
@@ -33,10 +35,15 @@ class JointAttention(Attention):
             rotary: what `consisid_positions.rotary_table` returns for the S tokens, None without rotary positions.
             transformer_options: ComfyUI's; attention overrides are honoured.
         """
-        query = self._heads(self.to_q(hidden), self.norm_q, rotary)
-        key = self._heads(self.to_k(hidden), self.norm_k, rotary)
-        value = self._heads(self.to_v(hidden))
-        attended = attend(query, key, value, self.heads, skip_reshape=True, transformer_options=transformer_options)
+        attended = attend(
+            # no names for queries, keys and values: they are freed before the last layer, at the peak of the block
+            self._heads(self.to_q(hidden), self.norm_q, rotary),
+            self._heads(self.to_k(hidden), self.norm_k, rotary),
+            self._heads(self.to_v(hidden)),
+            self.heads,
+            skip_reshape=True,
+            transformer_options=transformer_options,
+        )
         return self.to_out[0](attended)
 
     def _heads(
@@ -45,7 +52,19 @@ class JointAttention(Attention):
         """Tokens (B, S, C) by head, (B, heads, S, C / heads), normalised and rotated."""
         tokens = tokens.unflatten(-1, (self.heads, -1))
         heads = (tokens if norm is None else norm(tokens)).transpose(1, 2)
-        return heads if rotary is None else apply_rope1(heads, rotary)
+        return heads if rotary is None else _rotated(heads, rotary)
+
+
+def _rotated(heads: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Heads (B, H, S, D) turned by `rotary`, some at a time and in place.
+
+    Where no kernel is at hand, ComfyUI's rotation works on copies in float32, four times as large as the heads.
+    """
+    if torch.is_grad_enabled():
+        return apply_rope1(heads, rotary)
+    for some in heads.split(max(1, ROTATED_ELEMENTS // heads[:, 0].numel()), dim=1):
+        some.copy_(apply_rope1(some, rotary))
+    return heads
 
 
 class ChunkedGELUFeedForward(FeedForward):

@@ -8,7 +8,7 @@ import torch
 from .base import FIRST_SIGMA
 from .clip_latents import check_clip_count
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
-from .unet3d_model import UNet3DModel
+from .unet3d_model import Peak, UNet3DModel
 
 NOISY = "consisti2v_noisy_first_frame"
 
@@ -20,6 +20,8 @@ class ConsistI2VModel(UNet3DModel):
     """
 
     first_predicted_frame = 1
+    # rotation and windows of attention over frames; the feed-forward layers of the first level
+    peaks = (Peak(4970), Peak(3215, 1, 5120))
 
     @staticmethod
     def without_picture(extra: dict) -> dict:

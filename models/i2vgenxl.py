@@ -1,12 +1,18 @@
 """I2VGen-XL in ComfyUI."""
 
+import math
+from collections.abc import Sequence
+
 import comfy.conds
 import comfy.model_management
 import torch
 
 from .clip_latents import check_clip_count
 from .i2vgenxl_conditioning import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
-from .unet3d_model import UNet3DModel
+from .unet3d_model import TEXT_TOKENS, UNet3DModel
+
+# Of the first latent and of an image embedding, see `I2VGenXLUNet`.
+PICTURE_TOKENS = 64 + 4
 
 
 def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
@@ -19,6 +25,21 @@ def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
 
 class I2VGenXLModel(UNet3DModel):
     """`I2VGenXLUNet` with everything that only depends on the conditioning computed once per sampling run."""
+
+    text_keys_values = "keys_values"
+
+    def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
+        """Keys and values of text and picture, and the picture's planes."""
+        text = {self.text_keys_values: (TEXT_TOKENS + PICTURE_TOKENS) * self.diffusion_model.text_width}
+        return text | {"picture": math.prod(input_shape[1:])}
+
+    def extra_conds_shapes(self, **kwargs) -> dict:
+        """As of `UNet3DModel`; with an image embedding for each frame there are keys and values for each."""
+        shapes, embedding = super().extra_conds_shapes(**kwargs), kwargs.get(IMAGE_EMBEDDING)
+        if self.text_keys_values in shapes and embedding is not None:
+            clips, tokens, width = shapes[self.text_keys_values]
+            shapes[self.text_keys_values] = [clips, embedding.shape[1], tokens + PICTURE_TOKENS, width]
+        return shapes
 
     @staticmethod
     def without_picture(extra: dict) -> dict:

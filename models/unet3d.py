@@ -36,6 +36,11 @@ class BlockRunner:
         """Keys and values of every cross-attention for a text (B, S, D), side by side, in the order of execution."""
         return torch.cat([attention.project(context) for attention in self._text_attentions()], dim=-1)
 
+    @property
+    def text_width(self) -> int:
+        """Values per token of what `project_text` returns."""
+        return sum(2 * attention.inner_dim for attention in self._text_attentions())
+
     def _text_attentions(self) -> list[OptimizedAttention]:
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         transformers = [

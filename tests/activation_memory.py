@@ -8,10 +8,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class ActivationPeak(TorchDispatchMode):
-    """Tracks the bytes of tensors that come into being inside the block; `peak` is the most that was alive at once."""
+    """Tracks the bytes of tensors that come into being inside the block; `peak` is the most that was alive at once.
 
-    def __init__(self):
+    Args:
+        weights: a network whose weights do not count, when a view of one comes up.
+    """
+
+    def __init__(self, weights: torch.nn.Module | None = None):
         super().__init__()
+        tensors = () if weights is None else (*weights.parameters(), *weights.buffers())
+        self.known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
         self.alive = {}
         self.peak = 0
 
@@ -25,6 +31,6 @@ class ActivationPeak(TorchDispatchMode):
 
     def _track(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self.alive:
+        if key not in self.alive and key not in self.known:
             self.alive[key] = storage.nbytes()
             weakref.finalize(storage, self.alive.pop, key, None)
