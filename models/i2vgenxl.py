@@ -29,17 +29,27 @@ class I2VGenXLModel(UNet3DModel):
     text_keys_values = "keys_values"
 
     def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
-        """Keys and values of text and picture, and the picture's planes."""
-        text = {self.text_keys_values: (TEXT_TOKENS + PICTURE_TOKENS) * self.diffusion_model.text_width}
-        return text | {"picture": math.prod(input_shape[1:])}
+        """Tokens of text and picture, their keys and values, and the picture's planes."""
+        tokens = TEXT_TOKENS + PICTURE_TOKENS
+        widths = {name: tokens * width for name, width in self._token_widths.items()}
+        return widths | {"picture": math.prod(input_shape[1:])}
 
     def extra_conds_shapes(self, **kwargs) -> dict:
-        """As of `UNet3DModel`; with an image embedding for each frame there are keys and values for each."""
-        shapes, embedding = super().extra_conds_shapes(**kwargs), kwargs.get(IMAGE_EMBEDDING)
-        if self.text_keys_values in shapes and embedding is not None:
-            clips, tokens, width = shapes[self.text_keys_values]
-            shapes[self.text_keys_values] = [clips, embedding.shape[1], tokens + PICTURE_TOKENS, width]
-        return shapes
+        """As of `UNet3DModel`; with an image embedding for each frame there are tokens for each."""
+        shapes, text, embedding = (
+            super().extra_conds_shapes(**kwargs),
+            kwargs.get("cross_attn"),
+            kwargs.get(IMAGE_EMBEDDING),
+        )
+        if text is None or embedding is None:
+            return shapes
+        size = [text.shape[0], embedding.shape[1], text.shape[1] + PICTURE_TOKENS]
+        return shapes | {name: [*size, width] for name, width in self._token_widths.items()}
+
+    @property
+    def _token_widths(self) -> dict[str, int]:
+        network = self.diffusion_model
+        return {"context_tokens": network.config.cross_attention_dim, self.text_keys_values: network.text_width}
 
     @staticmethod
     def without_picture(extra: dict) -> dict:

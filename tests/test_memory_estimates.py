@@ -96,7 +96,8 @@ def picture_of(model, frames, height, width, embeddings=1):
     def condition():
         inputs = (1, 77, 1024), (1, 4, frames, height, width), (1, embeddings, 1024)
         known = model.diffusion_model.condition(*(torch.empty(size, dtype=HALF) for size in inputs), torch.empty(1))
-        return {"keys_values": known.keys_values, "picture": known.picture, "fps_embedding": known.fps}
+        tokens = {"context_tokens": known.context, "keys_values": known.keys_values}
+        return {**tokens, "picture": known.picture, "fps_embedding": known.fps}
 
     return condition
 
@@ -120,7 +121,7 @@ def test_transitions_keep_keys_and_values_for_every_frame(i2vgenxl):
         i2vgenxl.diffusion_model(torch.empty(shape, dtype=HALF), torch.empty(2), None, None, {}, **joined)
         prompt = {"cross_attn": torch.empty(1, 77, 1024), IMAGE_EMBEDDING: torch.empty(1, 16, 1024)}
     announced = i2vgenxl.extra_conds_shapes(**prompt)
-    assert announced["keys_values"] == list(kept[0]["keys_values"].shape)
+    assert announced == {name: list(kept[0][name].shape) for name in ("context_tokens", "keys_values")}
     given = {name: [size, size] for name, size in announced.items()}
     assert 1.0 <= i2vgenxl.memory_required(shape, cond_shapes=given) / activations.peak < 1.2
     assert i2vgenxl.memory_required(shape) / activations.peak < 1.0
