@@ -6,10 +6,13 @@ ComfyUI reads its command line on import, so this runs before anything else impo
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "consistent_video"
+ON_CPU = {"cpu": True, "fp32_text_enc": True}
 
 
 def comfyui_folder() -> Path:
@@ -22,8 +25,13 @@ def comfyui_folder() -> Path:
     return prepared[-1]
 
 
-def enter() -> None:
-    """Make `comfy` importable, computing in fp32 on the CPU, and the repository as the package `consistent_video`."""
+def enter(flags: Mapping[str, Any] = ON_CPU, before_pack: Callable[[], None] | None = None) -> None:
+    """Make `comfy` importable and the repository the package `consistent_video`.
+
+    Args:
+        flags: of ComfyUI's command line; by default it computes on the CPU, text encoders in fp32.
+        before_pack: called when ComfyUI is imported and the pack is not.
+    """
     if PACKAGE in sys.modules:
         return
     # Spinning OpenMP threads stall each other when several processes share few cores.
@@ -32,9 +40,10 @@ def enter() -> None:
     sys.path.insert(0, str(comfyui_folder()))
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    comfy.cli_args.args.fp32_text_enc = True
+    for name, value in {"use_pytorch_cross_attention": True, **flags}.items():
+        setattr(comfy.cli_args.args, name, value)
+    if before_pack is not None:
+        before_pack()
     spec = importlib.util.spec_from_file_location(
         PACKAGE, REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
     )
