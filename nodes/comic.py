@@ -33,7 +33,7 @@ class ComicPage(io.ComfyNode):
                     options=list(lettering_fonts.list_fonts(fonts.folders())),
                     default=lettering_fonts.BUNDLED,
                     tooltip="Of the captions. When it lacks a character, such as Chinese, another font that has all of "
-                    "them is taken. Put fonts into models/fonts or install them.",
+                    "them is taken, or several together. Put fonts into models/fonts or install them.",
                 ),
                 io.Int.Input(
                     "size",
@@ -65,6 +65,13 @@ class ComicPage(io.ComfyNode):
                     advanced=True,
                     tooltip="The pages of the published demo, with its borders and translucent captions.",
                 ),
+                io.String.Input(
+                    "only_panels",
+                    default="",
+                    optional=True,
+                    tooltip="Numbers of the story's panels that the pictures show, such as 2, 4-6, when Story Sampler "
+                    "drew only those. Empty: all.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="pages", tooltip="The pages, all of one size.")],
         )
@@ -80,8 +87,9 @@ class ComicPage(io.ComfyNode):
         story=None,
         captions: str = "",
         published_look: bool = False,
+        only_panels: str = "",
     ) -> io.NodeOutput:
-        texts = pages.captions_of(len(images), story, captions)
+        texts = pages.captions_of(len(images), story, captions, only_panels)
         made = pages.make_pages(images, texts, layout, font, size, seed, fonts.folders(), published_look)
         return io.NodeOutput(made)
 

@@ -7,6 +7,8 @@ check in front of a node's `execute`.
 
 import functools
 import inspect
+import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +21,7 @@ from ..models.pictures import picture_flaw
 # Combos that list what is on the disk: what they load says which file is missing, and where it goes.
 LISTED_FILES = ("checkpoint", "file", "font", "source")
 SHOWN = 40
+HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Socket:
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
-    """Class decorator: `execute` raises ValueError, with the input's name, for values that do not fit their sockets."""
+    """Class decorator: `execute` raises ValueError, with the input's name, for values that do not fit their sockets.
+
+    Texts reach it without halves of characters; see `without_halves`.
+    """
     execute = vars(node)["execute"].__func__
     signature = inspect.signature(execute)
 
@@ -49,10 +55,13 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @functools.wraps(execute)
     def check_and_execute(cls, *args, **kwargs):
         entries, as_list = inputs()
-        for name, value in signature.bind(cls, *args, **kwargs).arguments.items():
+        given = signature.bind(cls, *args, **kwargs)
+        for name, value in given.arguments.items():
             if name in entries:
                 check_input(entries[name], value, as_list)
-        return execute(cls, *args, **kwargs)
+            if isinstance(value, str):
+                given.arguments[name] = without_halves(name, value)
+        return execute(*given.args, **given.kwargs)
 
     node.execute = classmethod(check_and_execute)
     return node
@@ -80,6 +89,17 @@ def check_input(entry: io.Input, value: object, as_list: bool = False) -> None:
         flaw = socket.flaw(one)
         if flaw:
             raise ValueError(f"{entry.id}: {flaw}")
+
+
+def without_halves(name: str, text: str) -> str:
+    """A text without halves of characters (surrogates), with a warning.
+
+    A cut emoji leaves them. Neither text encoders nor files take them.
+    """
+    whole = HALVES.sub("", text)
+    if whole != text:
+        logging.warning("%s: %d half characters are left out, such as of a cut emoji.", name, len(text) - len(whole))
+    return whole
 
 
 def describe(value: object) -> str:

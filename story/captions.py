@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .font_runs import MixedFont, draw_text, text_box
+
 # Punctuation that must not begin a line (JIS X 4051, GB/T 15834): it stays with what is before it.
 NO_LINE_START = frozenset(
     "!%),.:;?]}\u00b7\u2014\u2019\u201d\u2026\u3001\u3002\u3005\u3009\u300b\u300d\u300f\u3011\u3015\u3017\u301c"
@@ -34,14 +36,15 @@ BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 PUBLISHED_ALPHA, PUBLISHED_MARGIN, PUBLISHED_GAP = 200, 5, 20
 
 Measure = Callable[[str], float]
-OpenFont = Callable[[int], ImageFont.FreeTypeFont]
+Font = ImageFont.FreeTypeFont | MixedFont
+OpenFont = Callable[[int], Font]
 
 
 class TextBlock(NamedTuple):
     """Lines and the pixels they take, the middle of the first baseline being the origin."""
 
     lines: list[str]
-    font: ImageFont.FreeTypeFont
+    font: Font
     size: int
     half_width: int
     top: int
@@ -108,7 +111,7 @@ def draw_caption(
     return _draw(panel, block)
 
 
-def draw_published_caption(panel: Image.Image, text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+def draw_published_caption(panel: Image.Image, text: str, font: Font) -> Image.Image:
     """A copy of a panel with a caption as the StoryDiffusion demo draws it: on a translucent white rectangle.
 
     Words that are too long and lines that are too many are cut off by the panel's edges, as published.
@@ -124,7 +127,7 @@ def draw_published_caption(panel: Image.Image, text: str, font: ImageFont.FreeTy
     boxes = {}
 
     def measure(line: str) -> float:
-        boxes[line] = pen.textbbox((0, 0), line, font=font)
+        boxes[line] = text_box(pen, line, font)
         return boxes[line][2] - boxes[line][0]
 
     lines = wrap(text, panel.width, measure, break_words=False)
@@ -144,7 +147,7 @@ def draw_published_caption(panel: Image.Image, text: str, font: ImageFont.FreeTy
     captioned = Image.alpha_composite(panel.convert("RGBA"), veil)
     pen = ImageDraw.Draw(captioned)
     for line, width, top in zip(lines, widths, tops):
-        pen.text(((panel.width - width) // 2, top), line, fill="black", font=font)
+        draw_text(pen, ((panel.width - width) // 2, top), line, font, "black")
     return captioned.convert("RGB")
 
 
@@ -266,7 +269,7 @@ def _draw(panel: Image.Image, block: TextBlock) -> Image.Image:
     captioned.paste(WHITE, mask=_rounded(panel.size, inner, max(0, radius - outline)))
     pen = ImageDraw.Draw(captioned)
     for index, line in enumerate(block.lines):
-        pen.text((middle, first + index * block.pitch), line, fill=BLACK, font=block.font, anchor="ms")
+        draw_text(pen, (middle, first + index * block.pitch), line, block.font, BLACK, anchor="ms")
     return captioned
 
 

@@ -67,40 +67,77 @@ def list_fonts(folders: Sequence[Path] = (), system: Sequence[Path] | None = Non
 
 
 def choose_font(name: str, text: str, folders: Sequence[Path] = (), system: Sequence[Path] | None = None) -> Path:
-    """The named font, or where it lacks characters of the text, another one that has them all.
+    """The main font of a text: the first of `share_out`."""
+    return share_out(name, text, folders, system)[0][0]
+
+
+def share_out(
+    name: str, text: str, folders: Sequence[Path] = (), system: Sequence[Path] | None = None
+) -> tuple[tuple[Path, ...], dict[str, int], frozenset[str]]:
+    """The fonts that a text is written in: the named one; or one that has all characters; or several together.
 
     Fonts of `folders` are tried first, in their order; then the system's upright bold ones, its other upright ones and
-    the rest. The change is logged. The folders are not searched while the bundled font will do.
+    the rest. Where no font has all characters, the named one keeps those that it has, and each other character goes to
+    the first font that has it. The change is logged, and so are characters that no font has. The folders are not
+    searched while the bundled font will do.
 
     Args:
         name: one of `list_fonts`.
         text: all that is to be written.
         folders, system: as of `list_fonts`.
 
+    Returns:
+        Fonts; characters that are in another than the first, with the index of their font; characters without a font.
+
     Raises:
-        ValueError: an unknown name, a damaged font, or a text for which there is no font.
+        ValueError: an unknown name, or a damaged font.
     """
     if name == BUNDLED and not missing_characters(BUNDLED_PATH, text):
-        return BUNDLED_PATH
+        return (BUNDLED_PATH,), {}, frozenset()
     fonts = list_fonts(folders, system)
     if name not in fonts:
         raise ValueError(f"Unknown font {name!r}. Choose one of: {_excerpt(list(fonts), ', ')}.")
     missing = missing_characters(fonts[name], text)
     if not missing:
-        return fonts[name]
-    shown = _excerpt([f"{character} (U+{ord(character):04X})" for character in missing], ", ")
+        return (fonts[name],), {}, frozenset()
     own = list(list_fonts(folders, ()).values())
     others = [path for path in fonts.values() if path not in own]
+    paths, home = [fonts[name]], {}
     for path in [*own, *sorted(others, key=_rank)]:
-        if _covers(path, text):
-            logging.info("Captions are written in %s, because %s has no %s", path.name, name, shown)
-            return path
-    places = " or ".join(str(folder) for folder in folders) or "the system's font folder"
-    raise ValueError(
-        f"The font {name} has no {shown}, and none of the {len(fonts)} fonts found has all characters of the captions. "
-        "Put a font file that has them (.ttf, .otf or .ttc) into "
-        f"{places}: Noto Sans CJK has Chinese, Japanese and Korean, other Noto fonts the other scripts."
-    )
+        lacks = _lacks(path, text)
+        if not lacks:
+            logging.info("Captions are written in %s, because %s has no %s", path.name, name, _shown(missing))
+            return (path,), {}, frozenset()
+        found = [character for character in missing if character not in home and character not in lacks]
+        home.update(dict.fromkeys(found, len(paths)))
+        paths += [path] if found else []
+    absent = [character for character in missing if character not in home]
+    _log_fallbacks(name, paths[1:], missing, absent, folders)
+    return tuple(paths), home, frozenset(absent)
+
+
+def _log_fallbacks(
+    name: str, paths: Sequence[Path], missing: list[str], absent: list[str], folders: Sequence[Path]
+) -> None:
+    if paths:
+        names = _excerpt([path.name for path in paths], ", ")
+        logging.info("Captions are written in %s and %s, because %s has no %s", name, names, name, _shown(missing))
+    if absent:
+        logging.warning(
+            "No font has %s: left out of the captions. Put a font file that has them (.ttf, .otf or .ttc) into %s: "
+            "Noto Sans CJK has Chinese, Japanese and Korean, Noto Emoji the emoji, other Noto fonts the other scripts.",
+            _shown(absent),
+            " or ".join(str(folder) for folder in folders) or "the system's font folder",
+        )
+
+
+def _shown(characters: Sequence[str]) -> str:
+    """Characters and their numbers, for a message; half characters cannot be written."""
+    names = [
+        f"half a character (U+{ord(sign):04X})" if _is_half(sign) else f"{sign} (U+{ord(sign):04X})"
+        for sign in characters
+    ]
+    return _excerpt(names, ", ")
 
 
 def missing_characters(path: Path, text: str) -> list[str]:
@@ -111,7 +148,8 @@ def missing_characters(path: Path, text: str) -> list[str]:
     """
     font = open_font(path, PROBE_SIZE, ImageFont.Layout.BASIC)
     absent = _glyph(font, NEVER_ASSIGNED)
-    return [character for character in dict.fromkeys(text) if _inked(character) and not _drawn(font, character, absent)]
+    inked = filter(is_inked, dict.fromkeys(text))
+    return [character for character in inked if _is_half(character) or not _drawn(font, character, absent)]
 
 
 def open_font(path: Path, size: int, engine: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
@@ -152,16 +190,22 @@ def _rank(path: Path) -> int:
     return 2 * unusual + ("bold" not in name)
 
 
-def _covers(path: Path, text: str) -> bool:
-    """Whether a font has all characters; damaged files and bitmap fonts, which systems do have, have none."""
+def _lacks(path: Path, text: str) -> set[str]:
+    """Characters that a font lacks; damaged files and bitmap fonts, which systems do have, lack all of them."""
     try:
-        return not missing_characters(path, text)
+        return set(missing_characters(path, text))
     except ValueError:
-        return False
+        return set(text)
 
 
-def _inked(character: str) -> bool:
+def is_inked(character: str) -> bool:
+    """Whether a character needs a glyph: spaces, controls and variation selectors do not."""
     return unicodedata.category(character) not in INKLESS and ord(character) not in VARIATION_SELECTORS
+
+
+def _is_half(character: str) -> bool:
+    """Whether it is half of a surrogate pair, as cut text has it."""
+    return unicodedata.category(character) == "Cs"
 
 
 def _drawn(font: ImageFont.FreeTypeFont, character: str, absent: tuple) -> bool:

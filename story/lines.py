@@ -19,8 +19,10 @@ _PLAIN = str.maketrans(
     }
 )
 # Byte order mark, zero-width space, word joiner and marks of writing direction come with pasted text and are invisible
-# in a text box.
-_INVISIBLE = dict.fromkeys((0xFEFF, 0x200B, 0x2060, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+# in a text box; half characters come with cut text, and neither fonts nor text encoders take them.
+_INVISIBLE = dict.fromkeys(
+    (0xFEFF, 0x200B, 0x2060, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+)
 _TAG = re.compile(r"\[([^\[\]]*)\]")
 # [NC] anywhere, or NC in capitals: in round brackets, or as the first word.
 _NO_CHARACTER = re.compile(

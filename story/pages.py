@@ -5,6 +5,7 @@ rows of full and half-size panels. By default they are made for print: even whit
 captions on all panels, no stretching, no cropping. `published` gives the demo's own pages.
 """
 
+import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..models.pictures import CHANNELS, on_paper
 from .captions import SMALLEST_SIZE, draw_caption, draw_published_caption
-from .lettering_fonts import BUNDLED, BUNDLED_PATH, choose_font, open_font
+from .font_runs import FontRow
+from .lettering_fonts import BUNDLED, BUNDLED_PATH, share_out
 from .page_rows import COLUMNS, Box, classic_rows, place_rows, square_rows
+from .panel_numbers import select_panels
 from .published_pages import published_classic, published_four_panel
 from .script import Story
 
@@ -54,11 +58,11 @@ def make_pages(
     """Pages of a story, as one IMAGE batch on paper of one size.
 
     Args:
-        images: IMAGE (N, H, W, 3) in 0..1; or a list of (H, W, 3) or (N, H, W, 3) of several sizes.
+        images: IMAGE (N, H, W, C) in 0..1, C 1 to 4; or a list of (H, W, C) or (N, H, W, C) of several sizes. What is
+            transparent is white, as the paper.
         captions: one text for each panel; blank ones leave their panels as they are.
         layout, size, seed, published: see `lay_out`.
-        font: one of `list_fonts(font_folders)`; one that lacks characters of the captions is replaced, see
-            `choose_font`.
+        font: one of `list_fonts(font_folders)`; for characters that it lacks see `share_out`.
         font_folders: searched for fonts besides the system's folders.
 
     Returns:
@@ -66,39 +70,77 @@ def make_pages(
         upper edge, in the layout none in the middle.
 
     Raises:
-        ValueError: see `lay_out` and `choose_font`; or images of other shapes.
+        ValueError: see `lay_out` and `share_out`; or images of other shapes.
     """
     for image in images:
-        if image.ndim not in (3, 4):
-            raise ValueError(f"Expected images (height, width, 3) or batches of them, but found {tuple(image.shape)}.")
+        if image.ndim not in (3, 4) or image.shape[-1] not in CHANNELS:
+            raise ValueError(
+                "Expected images (height, width, channels) of 1 to 4 channels, or batches of them, but found "
+                f"{tuple(image.shape)}."
+            )
     batches = [image if image.ndim == 4 else image.unsqueeze(0) for image in images]
-    panels = [_to_bytes(image) for batch in batches for image in batch]
+    panels = [_to_bytes(on_paper(image)) for batch in batches for image in batch]
     # Fonts have accented letters rather than letters and accents.
     texts = [unicodedata.normalize("NFC", caption) for caption in captions]
-    path = choose_font(font, "".join(texts), font_folders)
-    pages = lay_out(panels, texts, layout, path, size, seed, published)
+    fonts = FontRow(*share_out(font, "".join(texts), font_folders))
+    pages = lay_out(panels, list(map(fonts.drawable, texts)), layout, fonts, size, seed, published)
     fitted = fit_paper(pages, centred=layout == "none")
     return torch.from_numpy(np.stack(fitted).astype(np.float32) / 255)
 
 
-def captions_of(pictures: int, story: Story | None, text: str) -> list[str]:
+def captions_of(pictures: int, story: Story | None, text: str, only_panels: str = "") -> list[str]:
     """The captions of a story, or of a text with one line for each picture; none for an empty text.
 
+    Blank lines at the end of the text do not count, and neither do blank lines between as many captions as pictures.
+    Fewer pictures than the story has panels stay without captions, with a warning, unless `only_panels` says which
+    panels they are.
+
+    Args:
+        only_panels: numbers of the story's panels that the pictures show, such as "2, 4-6"; empty for all.
+
     Raises:
-        ValueError: both a story and a text.
+        ValueError: both a story and a text, only_panels without a story, or numbers that are not as many as pictures.
     """
     if story is not None:
         if text.strip():
             raise ValueError("Both a story and captions are given. Clear captions, or disconnect the story.")
-        return list(story.captions)
-    return text.splitlines() if text.strip() else [""] * pictures
+        return _story_captions(pictures, story, only_panels)
+    if only_panels.strip():
+        raise ValueError("only_panels are numbers of a story's panels. Connect the story, or clear only_panels.")
+    lines = text.removeprefix("\ufeff").splitlines()
+    if not any(line.strip() for line in lines):
+        return [""] * pictures
+    while len(lines) > pictures and not lines[-1].strip():
+        lines.pop()
+    filled = [line for line in lines if line.strip()]
+    return filled if len(lines) != pictures == len(filled) else lines
+
+
+def _story_captions(pictures: int, story: Story, only_panels: str) -> list[str]:
+    chosen = select_panels(only_panels, len(story.panels))
+    if chosen is not None:
+        if len(chosen) != pictures:
+            raise ValueError(
+                f"only_panels is {only_panels!r}, which is {len(chosen)} panels, but there are {pictures} pictures. "
+                "Write the numbers of the panels that the pictures show, as in Story Sampler."
+            )
+        return [story.captions[index] for index in chosen]
+    if pictures < len(story.panels):
+        logging.warning(
+            "Comic Page: the story has %d panels, but there are %d pictures, which stay without captions. Write into "
+            "only_panels which panels they show.",
+            len(story.panels),
+            pictures,
+        )
+        return [""] * pictures
+    return list(story.captions)
 
 
 def lay_out(
     images: Sequence[np.ndarray],
     captions: Sequence[str],
     layout: str = "four_panel",
-    font: Path = BUNDLED_PATH,
+    font: Path | FontRow = BUNDLED_PATH,
     size: int = 0,
     seed: int = 0,
     published: bool = False,
@@ -110,7 +152,7 @@ def lay_out(
         captions: one text for each panel; blank ones leave their panels as they are.
         layout: one of `LAYOUTS`. four_panel: two by two on a page. classic: rows of 4 panels, from 9 panels on of 4 and
             6 in turn, in cells of one panel or of two of about half size. none: each panel is a page, without a border.
-        font: a font file that has all characters of the captions.
+        font: a font file that has all characters of the captions, or several files.
         size: of the letters, in pixels per em on the page, 6 to 512; captions that need it get smaller ones. 0 takes
             45/768 of the shorter side of the full-size panels, on average.
         seed: of the order of the cells in the classic layout, as published.
@@ -126,10 +168,11 @@ def lay_out(
     """
     _check(images, captions, layout, size)
     panels = [Image.fromarray(np.ascontiguousarray(image)) for image in images]
+    fonts = FontRow((font,)) if isinstance(font, Path) else font
     if published:
-        pages = _published(panels, captions, layout, font, size or PUBLISHED_SIZE, seed)
+        pages = _published(panels, captions, layout, fonts, size or PUBLISHED_SIZE, seed)
     else:
-        pages = _printed(panels, captions, layout, font, size, seed)
+        pages = _printed(panels, captions, layout, fonts, size, seed)
     return [np.array(page) for page in pages]
 
 
@@ -151,9 +194,9 @@ def fit_paper(pages: Sequence[np.ndarray], centred: bool = False) -> list[np.nda
 
 
 def _published(
-    panels: Sequence[Image.Image], captions: Sequence[str], layout: str, font: Path, size: int, seed: int
+    panels: Sequence[Image.Image], captions: Sequence[str], layout: str, fonts: FontRow, size: int, seed: int
 ) -> list[Image.Image]:
-    opened = open_font(font, size)
+    opened = fonts.open(size)
 
     def letter(panel: Image.Image, index: int) -> Image.Image:
         return draw_published_caption(panel, captions[index], opened)
@@ -166,7 +209,7 @@ def _published(
 
 
 def _printed(
-    panels: Sequence[Image.Image], captions: Sequence[str], layout: str, font: Path, size: int, seed: int
+    panels: Sequence[Image.Image], captions: Sequence[str], layout: str, fonts: FontRow, size: int, seed: int
 ) -> list[Image.Image]:
     sizes = [panel.size for panel in panels]
     if layout == "none":
@@ -181,7 +224,7 @@ def _printed(
         pages = _split(placed, gutter, frame.width, COLUMNS if layout == "four_panel" else None)
         frames = [frame] * len(pages)
     size = size or _automatic_size([box for page in pages for box in page])
-    letter = partial(draw_caption, open_font=partial(open_font, font), size=size)
+    letter = partial(draw_caption, open_font=fonts.open, size=size)
     return [_draw_page(page, panels, captions, letter, frame) for page, frame in zip(pages, frames)]
 
 

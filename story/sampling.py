@@ -19,6 +19,7 @@ from ..patches.consistent_attention import ConsistentAttention
 from ..patches.token_sharing import Sharing
 from ..samplers.step_noise import noise_seed, seeded
 from .conditioning import Identity, batch, encode_panel, encode_text
+from .panel_numbers import select_panels as select_panels
 from .plan import Pass, plan
 from .script import Story
 
@@ -198,22 +199,3 @@ def needed_passes(passes: Collection[Pass], wanted: Collection[int]) -> list[Pas
 def wanted_in(step: Pass, wanted: Collection[int]) -> bool:
     """Whether a pass draws any of the wanted panels."""
     return any(index in wanted for index in step.panels)
-
-
-def select_panels(text: str, count: int) -> list[int] | None:
-    """Indices of panels from their numbers, such as "2, 4-6"; None for an empty text.
-
-    Raises:
-        ValueError: not of this form, or a number outside 1..count.
-    """
-    chosen = set()
-    for part in filter(None, (part.strip() for part in text.replace(";", ",").split(","))):
-        first, _, last = part.partition("-")
-        numbers = [first.strip(), (last or first).strip()]
-        if not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"panels is {text!r}: {part!r} is no number. Write numbers such as '2, 4-6'.")
-        low, high = map(int, numbers)
-        if not 1 <= low <= high <= count:
-            raise ValueError(f"panels is {text!r}, but the story has panels 1 to {count}. Choose from those.")
-        chosen.update(range(low - 1, high))
-    return sorted(chosen) or None

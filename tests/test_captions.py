@@ -15,7 +15,15 @@ from PIL import Image, ImageFont
 from safetensors.numpy import load_file
 
 from consistent_video.story import captions, lettering_fonts
-from consistent_video.story.lettering_fonts import BUNDLED, BUNDLED_PATH, choose_font, list_fonts, missing_characters
+from consistent_video.story.font_runs import FontRow
+from consistent_video.story.lettering_fonts import (
+    BUNDLED,
+    BUNDLED_PATH,
+    choose_font,
+    list_fonts,
+    missing_characters,
+    share_out,
+)
 
 GOLDENS = Path(__file__).parent / "goldens" / "storydiffusion_A"
 META = json.loads((GOLDENS / "comic_layout.json").read_text(encoding="utf-8"))
@@ -260,14 +268,50 @@ def test_another_font_is_chosen_for_characters_that_are_missing(fonts, caplog):
     assert choose_font("Zwei.ttf", "abc", own, system) == own[0] / "sub" / "Zwei.ttf"
 
 
-def test_a_text_without_a_font_is_refused(fonts):
+def test_characters_without_one_font_for_all_are_shared_out(fonts, caplog):
     own, system = fonts
-    with pytest.raises(ValueError, match=r"ComicNeue-Bold.otf has no 天 \(U\+5929\), 玄 .*Noto Sans CJK") as refusal:
-        choose_font(BUNDLED, "天a玄", own, system)
-    assert str(own[0]) in str(refusal.value)
+    with caplog.at_level(logging.INFO):
+        paths, home, absent = share_out(BUNDLED, "天a玄\ud83d", own, system)
+    assert paths == (BUNDLED_PATH, own[0] / "eins.otf") and home == {"天": 1} and absent == {"玄", "\ud83d"}
+    assert "in ComicNeue-Bold.otf and eins.otf, because ComicNeue-Bold.otf has no 天" in caplog.text
+    warning = next(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "No font has 玄 (U+7384), half a character (U+D83D)" in warning and str(own[0]) in warning
+    warning.encode()
+    assert choose_font(BUNDLED, "天a玄", own, system) == BUNDLED_PATH
+
+
+def test_all_fonts_lacking_something_are_told_with_the_place_for_more(caplog):
     many = "".join(chr(0x4E00 + index) for index in range(14))
-    with pytest.raises(ValueError, match=r"and 4 more, and none of the 1 fonts .* into the system's font folder"):
-        choose_font(BUNDLED, many, (), ())
+    with caplog.at_level(logging.WARNING):
+        paths, home, absent = share_out(BUNDLED, many, (), ())
+    assert paths == (BUNDLED_PATH,) and not home and absent == set(many)
+    assert "and 4 more: left out" in caplog.text and "into the system's font folder" in caplog.text
+
+
+def test_a_line_in_several_fonts_has_each_run_in_its_own(tmp_path):
+    first = tiny_fonts.build(tmp_path / "first.ttf", "ab\u0301 ")
+    second = tiny_fonts.build(tmp_path / "second.ttf", "天地", width=2000)
+    row = FontRow((first, second), {"天": 1, "地": 1}, frozenset("玄"))
+    font = row.open(20)
+    names = [(piece, used.path) for piece, used in font.runs("ab 天 地b\u0301")]
+    assert names == [("ab ", str(first)), ("天 地", str(second)), ("b\u0301", str(first))]
+    assert font.getlength("a天") == font.fonts[0].getlength("a") + font.fonts[1].getlength("天") == 20 + 40
+    left, top, right, bottom = font.getbbox("a天", anchor="ms")
+    assert left >= -30 and right <= 30 and right - left > 50 and (top, bottom) == (-14, 0)
+    assert font.getbbox("a", anchor="ms") == font.fonts[0].getbbox("a", anchor="ms")
+    assert row.drawable("a玄\ufe0f b") == "a b" and row.drawable("ab") == "ab"
+    assert FontRow((first,)).open(20).getlength("a") == 20
+
+
+def test_captions_in_several_fonts_are_drawn(tmp_path):
+    row = FontRow((BUNDLED_PATH, tiny_fonts.build(tmp_path / "second.ttf", "天地")), {"天": 1, "地": 1})
+    for draw in (
+        lambda text: captions.draw_caption(panel(), text, row.open, 45),
+        lambda text: captions.draw_published_caption(panel(), text, row.open(45)),
+    ):
+        plain = changed(panel(), draw("owl owl"))
+        mixed = changed(panel(), draw("owl 天地 owl"))
+        assert mixed[0] < plain[0] - 40 and mixed[2] > plain[2] + 40 and abs(mixed[3] - plain[3]) <= 8
 
 
 def test_unknown_and_damaged_fonts_are_refused(fonts):

@@ -23,6 +23,7 @@ from consistent_video.models.pictures import on_paper, rgb
 from consistent_video.nodes import sockets
 from consistent_video.nodes.conditioning import ConsistI2VConditioning, I2VGenXLConditioning
 from consistent_video.nodes.faces import FaceEncode, FaceSimilarity
+from consistent_video.nodes.story import StoryScript
 from consistent_video.nodes.transitions import JoinTransitions
 from consistent_video.patches.character_bank import CharacterBank
 from consistent_video.story.script import parse_story
@@ -159,6 +160,12 @@ def test_damaged_values_are_named(kind, value, words):
 def test_an_empty_list_of_clips_is_named():
     with pytest.raises(ValueError, match="images: an empty list"):
         JoinTransitions.execute([])
+
+
+def test_half_characters_are_left_out(caplog):
+    story = StoryScript.execute("a girl \ud83d", "walks\udc00 #Hi 🐼\ud83d", "(No style)", "").result[0]
+    assert story.panels[0].prompt == "a girl, walks" and story.captions == ("Hi 🐼",)
+    assert "panels: 2 half characters are left out" in caplog.text
 
 
 def test_the_signature_and_the_result_of_a_node_stay():

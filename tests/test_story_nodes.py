@@ -204,13 +204,23 @@ def test_captions_of_a_story_or_of_a_text(script):
         pages.captions_of(7, script, "one")
 
 
-@pytest.mark.parametrize("text", ["one\ntwo\n", "one\n\n"], ids=["end of line", "blank last line"])
-def test_a_line_for_each_picture(text):
-    """The last caption may be blank, and an end of line after it does not count."""
-    assert len(pages.captions_of(2, None, text)) == 2
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ("one\n\n", ["one", ""]),
+        ("one\r\ntwo\r\n \r\n\r\n", ["one", "two"]),
+        ("\ufeffone\n\ntwo\n", ["one", "two"]),
+        ("\none\n\n", ["", "one"]),
+        ("one\ntwo\nthree\n\n", ["one", "two", "three"]),
+    ],
+)
+def test_a_line_for_each_picture(text, expected):
+    """The last caption may be blank; blank lines after it, and between all captions, do not count."""
+    assert pages.captions_of(2, None, text) == expected
 
 
-def test_a_comic_page_of_a_story(all_folders, script):
+def test_a_comic_page_of_a_story(all_folders, script, caplog):
     panels = torch.rand(7, 96, 96, 3, generator=torch.Generator().manual_seed(1))
     settings = ("four_panel", comic.lettering_fonts.BUNDLED, 0, 0)
     made = comic.ComicPage.execute(panels, *settings, story=script).args[0]
@@ -218,8 +228,33 @@ def test_a_comic_page_of_a_story(all_folders, script):
     assert len(made) == 2 and made.ndim == 4
     assert torch.equal(made, comic.ComicPage.execute(panels, *settings, captions=captions).args[0])
     assert not torch.equal(made, comic.ComicPage.execute(panels, *settings).args[0])
-    with pytest.raises(ValueError, match="captions"):
-        comic.ComicPage.execute(panels[:3], *settings, story=script)
+    # Panels that were drawn again: their own captions, or none and a warning.
+    again = comic.ComicPage.execute(panels[:3], *settings, story=script, only_panels="1, 4-5").args[0]
+    assert torch.equal(
+        again, comic.ComicPage.execute(panels[:3], *settings, captions="Hurry!\nBen and Ann talk\nBen eats").args[0]
+    )
+    bare = comic.ComicPage.execute(panels[:3], *settings, story=script).args[0]
+    assert torch.equal(bare, comic.ComicPage.execute(panels[:3], *settings).args[0])
+    assert "the story has 7 panels, but there are 3 pictures" in caplog.text
+    with pytest.raises(ValueError, match="8 images but 7 captions"):
+        comic.ComicPage.execute(panels[[*range(7), 0]], *settings, story=script)
+    with pytest.raises(ValueError, match="only_panels is '1-2', which is 2 panels, but there are 3 pictures"):
+        comic.ComicPage.execute(panels[:3], *settings, story=script, only_panels="1-2")
+    with pytest.raises(ValueError, match="Connect the story, or clear only_panels"):
+        comic.ComicPage.execute(panels[:3], *settings, only_panels="1-3")
+
+
+def test_pictures_of_every_kind_lie_on_the_paper(all_folders):
+    settings = ("none", comic.lettering_fonts.BUNDLED, 0, 0)
+    color = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1))
+    gray, alpha = color[..., :1], torch.zeros(2, 32, 32, 1)
+    alpha[:, :16] = 1
+    page = comic.ComicPage.execute(torch.cat((color, alpha), -1), *settings).args[0]
+    plain = comic.ComicPage.execute(color, *settings).args[0]
+    assert torch.equal(page[:, :16], plain[:, :16]) and (page[:, 16:] == 1).all() and plain[:, 16:].std() > 0.1
+    page = comic.ComicPage.execute(gray, *settings).args[0]
+    assert torch.equal(page, comic.ComicPage.execute(gray.expand(-1, -1, -1, 3), *settings).args[0])
+    assert (comic.ComicPage.execute(torch.cat((gray, alpha), -1), *settings).args[0][:, 16:] == 1).all()
 
 
 # Windows over the panels of a batch
