@@ -33,7 +33,7 @@ class CorePhotoMaker:
                 "cannot use. Load the file with Load PhotoMaker of this pack, or with ComfyUI's own node (v1 only)."
             )
         self.network, self.load_device = network, network.load_device
-        self.width = network.fuse_module.layer_norm.weight.shape[0]
+        self.width = network.fuse_module.layer_norm.normalized_shape[0]
 
     def __call__(
         self,

@@ -1,9 +1,10 @@
 """Make a network of another library a citizen of ComfyUI's memory management.
 
-`comfy.ops` layers subclass torch's and add class attributes only, so a built network is adopted by changing the class
-of its layers: weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA
-patches.
+`comfy.ops` layers subclass torch's and add attributes only, so a built network is adopted by changing the class of its
+layers: weights then stream from RAM in low-VRAM mode, are cast to the compute type on the fly, and take LoRA patches.
 """
+
+import inspect
 
 import comfy.model_patcher
 import comfy.utils
@@ -27,10 +28,29 @@ def adopt(network: torch.nn.Module, operations: type, replacements: dict[type, t
     """
     classes = {getattr(torch.nn, name): getattr(operations, name) for name in ADOPTED_LAYERS}
     classes[torch.nn.Conv2d] = type("Conv2d", (FewPixelConvolution, operations.Conv2d), {})
+    settings = {adopted: list(inspect.signature(layer).parameters) for layer, adopted in classes.items()}
     classes.update(replacements or {})
     for module in network.modules():
-        module.__class__ = classes.get(type(module), type(module))
+        adopted = classes.get(type(module))
+        if adopted is not None:
+            module.__class__ = adopted
+            if adopted in settings:
+                _complete(module, settings[adopted])
     return network
+
+
+def _complete(layer: torch.nn.Module, settings: list[str]) -> None:
+    """Give an adopted layer the attributes that its new class sets when it builds one; `settings` are its arguments.
+
+    Norms and embeddings of ComfyUI look for a bias that torch's do not have, and `--fast cublas_ops` adds its own.
+    """
+    given = {name: value for name, value in vars(layer).items() if name in settings}
+    if "bias" in settings:
+        given["bias"] = layer.bias is not None
+    dtype = None if layer.weight is None else layer.weight.dtype
+    built = type(layer)(**given, device="meta", dtype=dtype)
+    held = vars(layer) | layer._parameters | layer._buffers
+    vars(layer).update({name: value for name, value in vars(built).items() if name not in held})
 
 
 def is_bypassed(layer: torch.nn.Module) -> bool:

@@ -58,8 +58,6 @@ class IdEncoder(nn.Module):
         super().__init__()
         self.width, self.image_size = width, vision["image_size"]
         self.vision_model = comfy.clip_model.CLIPVision(vision, None, None, operations)
-        # ComfyUI's memory management reads it; torch's own layer, which `adopt` turns into ComfyUI's, has none.
-        self.vision_model.embeddings.position_embedding.bias = None
         self.fuse_module = FuseModule(width, fuse_hidden, operations)
 
     def identity_rows(self, pictures: torch.Tensor, faces: torch.Tensor | None) -> torch.Tensor:
