@@ -6,6 +6,7 @@ convolution reads and writes at once, and what the causal convolutions keep for 
 
 from collections.abc import Callable
 
+import comfy.model_management
 import torch
 
 from .cogvideox_vae_chunks import CONVOLUTION_ELEMENTS, chunk_bounds
@@ -13,7 +14,10 @@ from .cogvideox_vae_chunks import CONVOLUTION_ELEMENTS, chunk_bounds
 REACH = 2
 IMAGE_CHANNELS = 3
 CHUNK_LATENTS = 2
-ALLOWANCE = 1.05
+# Room beside what is counted, for the workspaces of convolutions.
+ALLOWANCE = 1.15
+# ComfyUI's factor for autoencoders on AMD, whose convolutions want large workspaces (comfy.sd.VAE, VAE_KL_MEM_RATIO).
+AMD_FACTOR = 2.73
 
 MemoryFunction = Callable[[tuple, torch.dtype], float]
 
@@ -21,7 +25,7 @@ MemoryFunction = Callable[[tuple, torch.dtype], float]
 def memory_functions(config: dict) -> tuple[MemoryFunction, MemoryFunction]:
     """Functions (shape, dtype) -> bytes, of latents (B, c, F', h, w) to decode and of images (B, 3, F, H, W) to encode.
 
-    They hold for one clip of the batch, as ComfyUI wants it, without the weights.
+    They hold for one clip of the batch, as ComfyUI wants it, without the weights and with room for workspaces.
 
     Args:
         config: the autoencoder's configuration.
@@ -43,9 +47,11 @@ def memory_functions(config: dict) -> tuple[MemoryFunction, MemoryFunction]:
         per_pixel = _block((bounds[0][1] - 1) * time + 1, before, width, pixels)
         if len(bounds) > 1:
             later = _block(chunk_frames, before, width, pixels) + decoder_full
-            per_pixel = max(per_pixel, later) + decoder_reduced
+            # the last chunk leaves nothing behind: of two, only the first has its reduced levels' frames beside it
+            following = later + decoder_reduced if len(bounds) > 2 else later
+            per_pixel = max(per_pixel + decoder_reduced, following)
         images = IMAGE_CHANNELS * ((frames - 1) * time + 1)
-        return ALLOWANCE * (per_pixel + images) * pixels * dtype.itemsize
+        return _room() * (per_pixel + images) * pixels * dtype.itemsize
 
     def encode(shape: tuple, dtype: torch.dtype) -> float:
         frames, pixels = shape[2], shape[3] * shape[4]
@@ -54,9 +60,13 @@ def memory_functions(config: dict) -> tuple[MemoryFunction, MemoryFunction]:
         if len(bounds) > 1:
             later = _block(chunk_frames, width, width, pixels) + encoder_reduced
             per_pixel = max(per_pixel, later) + encoder_full
-        return ALLOWANCE * (per_pixel + IMAGE_CHANNELS * frames) * pixels * dtype.itemsize
+        return _room() * (per_pixel + IMAGE_CHANNELS * frames) * pixels * dtype.itemsize
 
     return decode, encode
+
+
+def _room() -> float:
+    return ALLOWANCE * (AMD_FACTOR if comfy.model_management.is_amd() else 1)
 
 
 def compression_of_time(config: dict) -> int:

@@ -251,8 +251,9 @@ def test_memory_estimate_is_what_the_published_network_uses(published, size, dty
             assert network.decode(latents).shape == images.shape
         with ActivationPeak() as encoded:
             assert network.encode(images).shape == latents.shape
-        assert 1.0 <= decoding(latents.shape, dtype) / decoded.peak < 1.25
-        assert 1.0 <= encoding(images.shape, dtype) / encoded.peak < 1.25
+        # with room for workspaces
+        assert 1.1 <= decoding(latents.shape, dtype) / decoded.peak < 1.25
+        assert 1.1 <= encoding(images.shape, dtype) / encoded.peak < 1.25
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +266,17 @@ def test_a_published_clip_in_tiles_fits_five_gigabytes(published):
     weights = 2 * sum(parameter.numel() for parameter in published.parameters())
     decoding, _ = memory_functions(PUBLISHED_VAE)
     whole = decoding((1, 16, 13, 60, 90), torch.bfloat16) + weights
-    assert 7e9 < whole < 8e9
-    for tile, limit in ((32, 2.2e9), (48, 4e9), (56, 5e9)):
+    assert 8e9 < whole < 9e9
+    for tile, limit in ((32, 2.4e9), (48, 4e9), (54, 5e9)):
         assert decoding((1, 16, 13, min(60, tile), tile), torch.bfloat16) + weights < limit
+
+
+def test_amd_cards_get_comfyuis_factor(published, monkeypatch):
+    shape, functions = (1, 16, 13, 60, 90), memory_functions(PUBLISHED_VAE)
+    plain = [memory_used(shape, torch.bfloat16) for memory_used in functions]
+    monkeypatch.setattr(comfy.model_management, "is_amd", lambda: True)
+    on_amd = [memory_used(shape, torch.bfloat16) for memory_used in functions]
+    assert on_amd == pytest.approx([2.73 * memory for memory in plain])
 
 
 def test_half_of_the_references_memory(published):
