@@ -4,8 +4,9 @@ import comfy.samplers
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, TextToVideoSDPipeline, VideoToVideoSDPipeline
+from exact import in_float64
 
-from consistent_video.loaders import checkpoint
+from consistent_video.loaders import assembly, checkpoint
 from consistent_video.loaders.families import MODELSCOPE
 from consistent_video.samplers import reference, schedules
 from native_sampling import conditioning, sample
@@ -27,6 +28,20 @@ def loaded(modelscope_folder):
     return checkpoint.load_folder(MODELSCOPE, modelscope_folder, "default")
 
 
+@pytest.fixture(scope="module")
+def exact_pipeline(modelscope_folder):
+    """The pipeline in float64."""
+    pipeline = TextToVideoSDPipeline.from_pretrained(modelscope_folder, torch_dtype=torch.float64)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def exact(loaded, modelscope_folder):
+    """MODEL, CLIP and VAE, the network in float64."""
+    return in_float64(assembly.load_folder_network(MODELSCOPE, modelscope_folder, "default")), *loaded[1:]
+
+
 def noise_of(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -39,7 +54,7 @@ def run(loaded, noise, steps=10, sampler=None, sigmas=None, negative=NEGATIVE, *
 
 
 def run_pipeline(pipeline, noise, steps=10, **kwargs):
-    prompt = [PROMPT] * noise.shape[0]
+    prompt = None if "prompt_embeds" in kwargs else [PROMPT] * noise.shape[0]
     settings = {
         "guidance_scale": 9.0,
         "negative_prompt": [NEGATIVE] * noise.shape[0],
@@ -57,23 +72,26 @@ def test_encoded_text_equals_transformers(pipeline, loaded, text):
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 16, 8, 8), (2, 4, 5, 6, 10), (1, 4, 1, 8, 8), (1, 4, 24, 5, 7)])
-def test_one_call_of_the_network_equals_diffusers(pipeline, loaded, shape):
-    x, text = noise_of(*shape), noise_of(shape[0], 77, 64, seed=1)
+def test_one_call_of_the_network_equals_diffusers(exact_pipeline, exact, shape):
+    x, text = noise_of(*shape).double(), noise_of(shape[0], 77, 64, seed=1).double()
     timesteps = torch.tensor([481.0, 20.0][: shape[0]])
-    expected = pipeline.unet(x, timesteps, text, return_dict=False)[0]
-    network = loaded[0].model.diffusion_model
-    assert (network(x, timesteps, text) - expected).abs().max() < 1e-5
-    assert (network(x, timesteps, None, text_keys_values=network.project_text(text)) - expected).abs().max() < 1e-5
+    expected = exact_pipeline.unet(x, timesteps, text, return_dict=False)[0]
+    network = exact[0].model.diffusion_model
+    assert (network(x, timesteps, text) - expected).abs().max() < 1e-10
+    assert (network(x, timesteps, None, text_keys_values=network.project_text(text)) - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 16, 8, 8), (2, 4, 5, 6, 10), (1, 4, 24, 8, 8)])
-def test_ten_ddim_steps_equal_the_pipeline(pipeline, loaded, shape):
+@pytest.mark.parametrize("shape", [(1, 4, 16, 4, 6), (2, 4, 3, 6, 8), (1, 4, 24, 2, 6)])
+def test_ten_ddim_steps_equal_the_pipeline(exact_pipeline, exact, shape):
+    """From the same encoded prompts: that the text encoders agree is another test."""
     noise = noise_of(*shape)
-    expected = run_pipeline(pipeline, noise)
-    latents = run(loaded, noise)
+    texts = [conditioning(exact[1], text)[0][0].double().repeat(len(noise), 1, 1) for text in (PROMPT, NEGATIVE)]
+    prompts = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1], "negative_prompt": None}
+    expected = run_pipeline(exact_pipeline, noise.double(), **prompts)
+    latents = run(exact, noise)
     assert (latents * SCALE - expected).abs().max() < 1e-4
-    frames = loaded[2].decode(latents)
-    decoded = pipeline.decode_latents(expected).movedim(1, -1)
+    frames = exact[2].decode(latents)
+    decoded = exact_pipeline.decode_latents(expected).movedim(1, -1)
     assert (frames - (decoded / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
     assert frames.std() > 0.01
 
