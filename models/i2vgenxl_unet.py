@@ -110,7 +110,8 @@ class I2VGenXLUNet(BlockRunner, PublishedUNet):
         hidden = self.conv_in(as_frames(torch.cat((x, picture), dim=1)))
         hidden = self.transformer_in(hidden, frames, transformer_options)
         if keys_values.ndim == 4:
-            keys_values, context_tokens = keys_values.flatten(0, 1), context_tokens.flatten(0, 1)
+            keys_values = keys_values.flatten(0, 1)
+            context_tokens = None if context_tokens is None else context_tokens.flatten(0, 1)
         layers = self.start_layers(emb, keys_values, frames, transformer_options, context_tokens, control)
         hidden = self.run_blocks(hidden, layers, x, timesteps)
         hidden = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
