@@ -1,6 +1,7 @@
 """Configuration + weights + schedule -> MODEL."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.latent_formats
 import comfy.model_management
@@ -8,7 +9,7 @@ import comfy.model_patcher
 import torch
 from comfy.patcher_extension import CallbacksMP
 
-from ..models import parameter_patches
+from ..models import network_description, parameter_patches
 from ..models.adopt import bring_small_tensors
 from ..models.base import VideoModelConfig
 from ..samplers import schedules
@@ -101,6 +102,9 @@ def assemble(
         schedules.table_sigmas(scheduler),
         lambda operations: load_network(network, state, dtype, operations, family.parts.replacements, source),
     )
+    fields = vars(network.config) if isinstance(network.config, SimpleNamespace) else network.config
+    fields = {key: value for key, value in fields.items() if not key.startswith("_")}
+    model.description = network_description.to_tensor(family.name, fields, scheduler, latent_format.factors)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload_device = comfy.model_management.unet_offload_device()
     patcher = patcher_class(model, comfy.model_management.get_torch_device(), offload_device)

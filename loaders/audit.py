@@ -80,17 +80,16 @@ def _report_component(family: Family, folder: Path, name: str) -> str:
 
 def _report_file(path: Path) -> list[str]:
     state = single_file.network_keys(read_weights([path]), str(path))
-    family = single_file.detect_family(state)
-    if family is None:
+    if single_file.detect_family(state) is None:
         keys = ", ".join(sorted(state)[:3])
         return [
             f"Family: none of this pack's (keys such as {keys})",
             _count(state),
             "To load it: use the node made for this model.",
         ]
-    network = build_on_meta(family.network, single_file.network_config(family, state), str(path))
-    state = family.parts.prepare(state)
-    return [f"Family: {family.title}", *_report_state(state, network, "Load Video Diffusion Model")]
+    file = single_file.read_network(path)
+    network = build_on_meta(file.family.network, file.config, str(path))
+    return [f"Family: {file.family.title}", *_report_state(file.state, network, "Load Video Diffusion Model")]
 
 
 def _report_state(state: dict[str, torch.Tensor], network: torch.nn.Module, loader: str) -> list[str]:

@@ -32,6 +32,8 @@ MARKER_V1 = "visual_projection_2.weight"
 MARKER_V2 = "qformer_perceiver.token_norm.weight"
 # v2 files carry v1's projections, which the v2 network does not read.
 UNREAD_V2 = ("visual_projection.weight", MARKER_V1)
+# Older libraries keep the numbers 0, 1, ... of the positions beside the weights.
+POSITION_IDS = "position_ids"
 # Widths of one attention head as published; shapes do not tell them.
 VISION_HEAD, RESAMPLER_HEAD = 64, 128
 
@@ -99,12 +101,12 @@ def read_parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def _flatten(content: dict) -> dict:
-    """Two levels of dictionaries as one, with dotted keys."""
+    """Two levels of dictionaries as one, with dotted keys; position ids are not weights."""
     flat = {}
     for key, value in content.items():
         inner = value if isinstance(value, dict) else None
         flat |= {key: value} if inner is None else {f"{key}.{name}": part for name, part in inner.items()}
-    return flat
+    return {key: value for key, value in flat.items() if not str(key).endswith(POSITION_IDS)}
 
 
 def describe(state: Mapping[str, torch.Tensor], source: str) -> tuple[type, dict]:

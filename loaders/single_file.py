@@ -1,19 +1,26 @@
 """Networks in single files of ComfyUI's `diffusion_models` folders."""
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.model_patcher
 import folder_paths
 import torch
 
+from ..models import network_description
 from . import fingerprint, original_modelscope
 from .assembly import assemble, published_latent_format
 from .families import FAMILIES, Family
+from .folders import read_config
 from .network import build_on_meta
-from .weights import read_weights
+from .state_dicts import unscale, unwrap
+from .weights import check_tensors, read_file
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
+TEXT_ENCODER, VAE = "cond_stage_model.", "first_stage_model."
 
 
 def list_files() -> list[str]:
@@ -40,20 +47,30 @@ def fingerprint_file(name: str | None) -> str:
     return fingerprint.of_choice(name, list_files, lambda each: fingerprint.of_file(find_file(each)))
 
 
-def strip_prefix(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the prefix that some releases put before every key of the network."""
-    for prefix in PREFIXES:
-        network = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        if network:
-            return network
-    return dict(state)
+def strip_prefix(state: Mapping[str, torch.Tensor], source: str = "The file") -> dict[str, torch.Tensor]:
+    """The network's part of a state dict, without what releases and trainers put before every key of it.
+
+    Of two networks under different prefixes, such as one and its moving average, the one with the shorter prefix is
+    taken, and a log line says so.
+    """
+    markers = tuple(family.marker for family in FAMILIES.values())
+    found = {
+        key.removesuffix(marker) for key in state for marker in markers if key == marker or key.endswith(f".{marker}")
+    }
+    prefixes = sorted(found, key=lambda prefix: ("ema" in prefix, len(prefix), prefix))
+    prefixes = prefixes or [prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state)] or [""]
+    if len(prefixes) > 1 and found:
+        names = ", ".join(prefix or "without prefix" for prefix in prefixes)
+        logging.info("%s holds several networks (%s): reads the first.", source, names)
+    prefix = prefixes[0]
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
 def network_keys(state: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     """The network's state dict under diffusers' key names, from any layout; `source` names it in errors."""
     if original_modelscope.is_original_modelscope(state):
         return original_modelscope.convert(state, source)
-    return strip_prefix(state)
+    return strip_prefix(state, source)
 
 
 def detect_family(state: Mapping[str, torch.Tensor]) -> Family | None:
@@ -113,16 +130,97 @@ def load_file(
     Raises:
         ValueError: the file is damaged, of another family, or has missing, unexpected or misshapen keys.
     """
-    state = network_keys(read_weights([path]), str(path))
-    family = choose_family(path, state, family_name)
-    state = family.parts.prepare(state)
-    network = build_on_meta(family.network, network_config(family, state), str(path))
-    latent_format = published_latent_format(family)
+    file = read_network(path, family_name)
+    network = build_on_meta(file.family.network, file.config, str(path))
     patcher = assemble(
-        family, network, state, weight_dtype, family.scheduler, latent_format, str(path), disable_dynamic
+        file.family,
+        network,
+        file.state,
+        weight_dtype,
+        file.scheduler,
+        file.latent_format,
+        str(path),
+        disable_dynamic,
     )
     patcher.cached_patcher_init = (load_file, (path, family_name, weight_dtype))
     return patcher
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """What one file tells about a network.
+
+    Args:
+        family: the network's.
+        state: its weights under diffusers' key names.
+        config: fields of its config.json.
+        scheduler: diffusers scheduler configuration.
+        latent_format: its latent space.
+    """
+
+    family: Family
+    state: dict[str, torch.Tensor]
+    config: dict
+    scheduler: dict
+    latent_format: comfy.latent_formats.LatentFormat
+
+
+def read_network(path: Path, family_name: str = "auto") -> NetworkFile:
+    """Read a network's weights and what they belong to.
+
+    What shapes do not tell is as the file itself says, if ComfyUI saved it from a MODEL of this pack; else as a
+    configuration beside it says, `<name>.json` or the config.json of its folder; else as published.
+
+    Args:
+        family_name: a key of `FAMILIES`, or "auto".
+
+    Raises:
+        ValueError: the file is damaged, or of another family.
+    """
+    state = unwrap(path, read_file(path))
+    described = state.pop(network_description.KEY, None)
+    others = [name for prefix, name in ((TEXT_ENCODER, "a text encoder"), (VAE, "a VAE"))
+              if any(key.startswith(prefix) for key in state)]  # fmt: skip
+    if others:
+        logging.info(
+            "%s holds %s too; this loads the network alone. Take CLIP and VAE from the loader of the checkpoint that "
+            "it was made from, or save them with Save CLIP and Save VAE and load those.",
+            path,
+            " and ".join(others),
+        )
+    state = network_keys(state, str(path))
+    check_tensors(path, state)
+    state = unscale(path, state)
+    family = choose_family(path, state, family_name)
+    state = family.parts.prepare(state)
+    shapes = network_config(family, state)
+    if described is not None:
+        try:
+            content = network_description.from_tensor(described)
+            latent_format = type(published_latent_format(family))(**content["latent_factors"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} was saved by a newer version of this pack ({error}). Update the pack.") from error
+        return NetworkFile(family, state, shapes | content["network"], content["scheduler"], latent_format)
+    config = shapes | _config_beside(family, path)
+    return NetworkFile(family, state, config, family.scheduler, published_latent_format(family))
+
+
+def _config_beside(family: Family, path: Path) -> dict:
+    """Fields of a configuration of the family's network that lies beside a file of weights, none without one."""
+    for config_file in (path.with_suffix(".json"), path.parent / "config.json"):
+        if config_file.is_file():
+            config = read_config(config_file)
+            if config.get("_class_name") == family.network_class:
+                logging.info("%s: takes the configuration %s.", path, config_file)
+                return family.parts.read_fields(config)
+    logging.info(
+        "%s: what its shapes do not tell is taken as published for %s. If it differs, put its config.json beside it as "
+        "%s.",
+        path,
+        family.title,
+        path.with_suffix(".json").name,
+    )
+    return {}
 
 
 def choose_family(path: Path, state: Mapping[str, torch.Tensor], family_name: str) -> Family:

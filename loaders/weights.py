@@ -4,66 +4,110 @@ Everything goes through `comfy.utils.load_torch_file`: safetensors are memory-ma
 tensors.
 """
 
+import glob
+import logging
 import pickle
+import re
 import struct
 from pathlib import Path
 
 import comfy.utils
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from .file_contents import SAFE_SUFFIXES, SAFETENSORS, kind_of
 from .folders import read_config
+from .state_dicts import unscale, unwrap
 
 SUFFIXES = (".safetensors", ".bin")
-SAFE_SUFFIXES = (".safetensors", ".sft")
+HALF_VARIANTS = ("fp16", "bf16")
+SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<count>\d+)")
+# What downloads are called until they are complete.
+UNFINISHED = (".part", ".partial", ".crdownload", ".incomplete", ".aria2", ".download", ".tmp", ".lock")
 # What reading a damaged file raises, ComfyUI's own reader of safetensors (with dynamic VRAM) included.
 DAMAGE = (EOFError, KeyError, OSError, RuntimeError, ValueError, struct.error)
 HALF_TYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 def find_weights(folder: Path, stem: str, prefer_half: bool = False) -> list[Path]:
-    """The files that hold a component's weights: one, or the shards that an index names.
+    """The files that hold a component's weights: one, or its shards.
 
     Args:
         folder: the component's folder, such as `<checkpoint>/unet`.
         stem: published file name without suffix, such as `diffusion_pytorch_model`.
-        prefer_half: take the `.fp16` variant when both precisions are present.
+        prefer_half: take a 16-bit variant (`.fp16`, `.bf16`) when there are others.
 
     Raises:
         FileNotFoundError: no weights, or a shard is missing.
     """
-    variants = ("fp16", "") if prefer_half else ("", "fp16")
     for suffix in SUFFIXES:
-        for variant in variants:
-            single = folder / ".".join(filter(None, (stem, variant, suffix[1:])))
-            if single.is_file():
-                return [single]
-            index = _index_file(folder, stem, variant, suffix)
-            if index is not None:
-                return _shards(index)
+        found = {}
+        for path in sorted(folder.glob(f"{glob.escape(stem)}*{suffix}*")):
+            named = re.fullmatch(_name_pattern(stem, suffix), path.name)
+            if named and path.is_file():
+                variant = named["variant"] or named["index_variant"] or named["shard_variant"] or ""
+                found.setdefault(variant, []).append(path)
+        if found:
+            variant = min(found, key=lambda name: _rank(name, prefer_half))
+            if len(found) > 1 or variant not in ("", *HALF_VARIANTS):
+                names = ", ".join(name or "the plain one" for name in sorted(found))
+                logging.info("%s: of the variants %s, reads %s.", folder, names, variant or "the plain one")
+            return _files(folder, stem, suffix, found[variant])
+    raise FileNotFoundError(_no_weights(folder, stem))
+
+
+def _name_pattern(stem: str, suffix: str) -> str:
+    """Names of whole files, indices and shards; library versions put the variant before or after `.index`."""
+    stem, suffix = re.escape(stem), re.escape(suffix)
+    variant = r"[A-Za-z]\w*"
+    return (
+        rf"{stem}(?:\.(?P<variant>{variant}))?{suffix}(?P<index>\.index(?:\.(?P<index_variant>{variant}))?\.json)?"
+        rf"|{stem}(?:\.(?P<shard_variant>{variant}))?(?P<shard>-\d+-of-\d+)(?:\.{variant})?{suffix}"
+    )
+
+
+def _rank(variant: str, prefer_half: bool) -> tuple[int, str]:
+    """Place of a variant among those that are there, the lowest is taken; weights before averaging come last."""
+    preferred = (*HALF_VARIANTS, "") if prefer_half else ("", *HALF_VARIANTS)
+    order = (*preferred, "fp32", "ema")
+    return (order.index(variant) if variant in order else len(order) + ("non_ema" in variant), variant)
+
+
+def _files(folder: Path, stem: str, suffix: str, paths: list[Path]) -> list[Path]:
+    """The whole file of a variant, else the shards that its index names, else the shards that lie there."""
+    whole = [path for path in paths if path.name.endswith(suffix) and not SHARD.search(path.name)]
+    if whole:
+        return whole[:1]
+    index = next((path for path in paths if path.name.endswith(".json")), None)
+    if index is not None:
+        return _shards(index)
+    count = int(SHARD.search(paths[0].name)["count"])
+    numbers = {int(SHARD.search(path.name)["number"]) for path in paths}
+    missing = [str(number) for number in range(1, count + 1) if number not in numbers]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks the shards {', '.join(missing)} of {count} of {stem}. Download them into the same folder."
+        )
+    return paths
+
+
+def _no_weights(folder: Path, stem: str) -> str:
     expected = ", ".join(f"{stem}{suffix}" for suffix in (*SUFFIXES, ".fp16.safetensors", ".safetensors.index.json"))
-    present = (
-        ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "the folder does not exist"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = ", ".join(names) or ("nothing" if folder.is_dir() else "the folder does not exist")
+    unfinished = [name for name in names if name.endswith(UNFINISHED)]
+    remedy = (
+        f"The download of {', '.join(unfinished)} has not finished: let it, or start it again."
+        if unfinished
+        else "Download the missing files."
     )
-    raise FileNotFoundError(
-        f"No weights in {folder}: expected one of {expected}; found: {present or 'nothing'}. Download the missing "
-        "files."
-    )
+    return f"No weights in {folder}: expected one of {expected}; found: {found}. {remedy}"
 
 
 def transformers_stem(folder: Path) -> str:
     """File name stem of a component that transformers saved: `model*.safetensors`, but `pytorch_model*.bin`."""
     return "pytorch_model" if any(folder.glob("pytorch_model*")) and not any(folder.glob("model*")) else "model"
-
-
-def _index_file(folder: Path, stem: str, variant: str, suffix: str) -> Path | None:
-    """The index of a sharded component; library versions put the variant before or after `.index`."""
-    names = (
-        (f"{stem}{suffix}.index.json",)
-        if not variant
-        else (f"{stem}{suffix}.index.{variant}.json", f"{stem}.{variant}{suffix}.index.json")
-    )
-    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -81,15 +125,18 @@ def _shards(index: Path) -> list[Path]:
 def read_weights(files: list[Path]) -> dict[str, torch.Tensor]:
     """Read one or more weight files into one state dict of finite tensors.
 
+    Nesting and the names of wrappers are taken off, and scaled 8-bit weights multiplied by their scales; see
+    `state_dicts`.
+
     Raises:
         ValueError: a file is damaged, holds something other than tensors, or holds NaN or infinite values.
     """
     state = {}
     for path in files:
-        part = read_file(path)
+        part = unwrap(path, read_file(path))
         check_tensors(path, part)
         state.update(part)
-    return state
+    return unscale(files[0], state)
 
 
 class NoNamedTensorsError(ValueError):
@@ -107,10 +154,13 @@ def read_file(path: Path) -> dict:
         NoNamedTensorsError: the file holds a list, a single tensor or another object.
         ValueError: the file is damaged, or holds pickled objects that could run code.
     """
+    kind = kind_of(path)
     try:
+        if kind == SAFETENSORS and path.suffix.lower() not in SAFE_SUFFIXES:
+            return load_file(path)  # ComfyUI goes by the name
         content = comfy.utils.load_torch_file(str(path))
     except (AttributeError, TypeError) as error:
-        if path.suffix in SAFE_SUFFIXES:
+        if kind == SAFETENSORS:
             raise _damaged(path, error) from error
         # ComfyUI looks into what it unpickled as if it were a dictionary, the newer the further
         raise NoNamedTensorsError(path, f"an object of another kind ({error})") from error

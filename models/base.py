@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.supported_models_base
 import torch
 
+from . import network_description
 from .clip_latents import check_clip_latents
 
 MODEL_TYPES = {
@@ -78,11 +79,19 @@ class VideoModel(comfy.model_base.BaseModel):
         prediction = scheduler_config.get("prediction_type", "epsilon")
         super().__init__(model_config, MODEL_TYPES[prediction], unet_model=lambda operations, **_: network(operations))
         self.scheduler_config = scheduler_config
+        self.description: torch.Tensor | None = None
         self.model_sampling.set_sigmas(sigmas)
 
     def get_dtype(self, **options) -> torch.dtype:
         """Type of the stored weights (diffusers networks answer with the type of whatever layer comes first)."""
         return self.model_config.unet_config["dtype"]
+
+    def state_dict_for_saving(self, *args, **kwargs) -> dict:
+        """What Save Model and Save Checkpoint write, with the network's description; see `network_description`."""
+        state = super().state_dict_for_saving(*args, **kwargs)
+        if self.description is not None:
+            state[network_description.KEY] = self.description
+        return state
 
     def extra_conds(self, **kwargs) -> dict:
         """Conditioning of one prompt.

@@ -21,6 +21,7 @@ class CogVideoXLatentFormat(comfy.latent_formats.CogVideoX):
 
     def __init__(self, scale_factor: float = 0.7, picture_factor: float | None = None):
         super().__init__()
+        self.factors = {"scale_factor": scale_factor, "picture_factor": picture_factor}
         self.latent_rgb_factors = [[PREVIEW_WEIGHT] * 3 for _ in range(self.latent_channels)]
         self.scale_factor = scale_factor
         self.picture_factor = scale_factor if picture_factor is None else picture_factor

@@ -25,5 +25,6 @@ class FrameLatentFormat(comfy.latent_formats.LatentFormat):
     latent_rgb_factors_reshape = staticmethod(frame_grid)
 
     def __init__(self, scale_factor: float = 0.18215):
+        self.factors = {"scale_factor": scale_factor}
         self.scale_factor = scale_factor
         self.latent_rgb_factors = comfy.latent_formats.SD15().latent_rgb_factors

@@ -287,8 +287,7 @@ def test_learned_positions_of_consisid_are_patched(models_folder, tmp_path):
     with torch.no_grad():
         other.model.diffusion_model.patch_embed.pos_embedding.add_(1.0)
     merged = model.clone()
-    for key, patch in other.get_key_patches("diffusion_model.").items():
-        merged.add_patches({key: patch}, 0.25, 0.75)
+    merged.add_patches(other.get_key_patches("diffusion_model."), 0.25, 0.75)
     comfy.model_management.load_models_gpu([merged])
     torch.testing.assert_close(weight(merged, "patch_embed.pos_embedding"), before + 0.25)
     comfy.model_management.unload_all_models()
@@ -297,8 +296,7 @@ def test_learned_positions_of_consisid_are_patched(models_folder, tmp_path):
 def test_merging_another_family_is_refused_or_said(models_folder, model, caplog):
     def merged_with(other):
         merged = model.clone()
-        for key, patch in other.get_key_patches("diffusion_model.").items():
-            merged.add_patches({key: patch}, 0.5, 0.5)
+        merged.add_patches(other.get_key_patches("diffusion_model."), 0.5, 0.5)
         comfy.model_management.load_models_gpu([merged])
         comfy.model_management.unload_all_models()
 
