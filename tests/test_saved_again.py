@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from consistent_video.loaders import assembly, checkpoint, single_file
+from consistent_video.loaders import assembly, checkpoint, lora, single_file
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MODELSCOPE
 from consistent_video.models import network_description
 
@@ -79,6 +79,7 @@ def test_models_and_checkpoints_load_again(models_folder, output, name, caplog):
 
 
 def test_what_was_put_on_a_model_is_saved(models_folder, output):
+    lora.register()
     folder = models_folder / "diffusers" / "ConsistI2V"
     model = assembly.load_folder_network(CONSISTI2V, folder, "fp32")
     layer, alpha = "down_blocks.0.attentions.0.proj_in", "down_blocks.0.conv3ds.0.alpha"
