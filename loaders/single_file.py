@@ -19,27 +19,44 @@ from .network import build_on_meta
 from .state_dicts import unscale, unwrap
 from .weights import check_tensors, read_file
 
+OLD_FOLDER = "text2video"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "module.")
 TEXT_ENCODER, VAE = "cond_stage_model.", "first_stage_model."
 
 
+def register_folder() -> None:
+    """Tell ComfyUI of `models/text2video`, where the older ModelScope loader kept its file."""
+    folder_paths.add_model_folder_path(OLD_FOLDER, str(Path(folder_paths.models_dir) / OLD_FOLDER))
+
+
 def list_files() -> list[str]:
-    """Names of the files in the `diffusion_models` folders."""
-    return folder_paths.get_filename_list("diffusion_models")
+    """Names of the files in the `diffusion_models` folders, then of those in the `text2video` folders."""
+    names = folder_paths.get_filename_list("diffusion_models")
+    found = _old_files()
+    return [*names, *(name for name in found if name not in names)]
 
 
 def find_file(name: str) -> Path:
     """The path of a listed file.
 
     Raises:
-        FileNotFoundError: no `diffusion_models` folder holds it.
+        FileNotFoundError: no `diffusion_models` or `text2video` folder holds it.
     """
     path = folder_paths.get_full_path("diffusion_models", name)
+    if path is None and name in _old_files():
+        path = folder_paths.get_full_path(OLD_FOLDER, name)
     if path is None:
-        raise FileNotFoundError(
-            f"{name} was not found in {', '.join(folder_paths.get_folder_paths('diffusion_models'))}."
-        )
+        folders = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
+        raise FileNotFoundError(f"{name} was not found in {folders}. Choose a file that the node lists.")
     return Path(path)
+
+
+def _old_files() -> list[str]:
+    """Weights in the `text2video` folders; ComfyUI lists any file there, because the kind has no endings of its own."""
+    if OLD_FOLDER not in folder_paths.folder_names_and_paths:
+        return []
+    names = folder_paths.get_filename_list(OLD_FOLDER)
+    return [name for name in names if Path(name).suffix.lower() in folder_paths.supported_pt_extensions]
 
 
 def fingerprint_file(name: str | None) -> str:

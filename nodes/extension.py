@@ -32,7 +32,7 @@ NODE_MODULES = (
     "transitions",
 )
 # Loaders with a folder of their own below `models`, which nodes list.
-FOLDER_MODULES = ("character_bank", "fonts", "motion_predictor")
+FOLDER_MODULES = ("character_bank", "fonts", "motion_predictor", "single_file")
 
 REPLACEMENTS = [
     io.NodeReplace(
@@ -43,6 +43,8 @@ REPLACEMENTS = [
             {"new_id": "file", "old_id": "model_path"},
             {"new_id": "family", "set_value": "modelscope"},
             {"new_id": "weight_dtype", "set_value": "default"},
+            # Its graphs have Empty Latent Image with the frames as the batch.
+            {"new_id": "latent_batch", "set_value": "frames"},
         ],
         output_mapping=[{"new_idx": 0, "old_idx": 0}],
     ),

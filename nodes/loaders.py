@@ -6,6 +6,7 @@ from ..loaders import audit, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
 from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE
 from ..models.frame_vae import over_frames
+from ..patches import frames_in_batch
 from .loader_inputs import CATEGORY, checkpoint_input, weight_dtype_input
 from .reports import show_text
 from .sockets import checked
@@ -131,7 +132,8 @@ class DiffusionModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=single_file.list_files(),
-                    tooltip="A .safetensors, .pth, .pt, .ckpt or .bin file under models/diffusion_models.",
+                    tooltip="A .safetensors, .pth, .pt, .ckpt or .bin file under models/diffusion_models or "
+                    "models/text2video.",
                 ),
                 io.Combo.Input(
                     "family",
@@ -140,6 +142,15 @@ class DiffusionModelLoader(io.ComfyNode):
                     tooltip="The published system that the weights belong to; auto recognises it by its keys.",
                 ),
                 weight_dtype_input(),
+                io.Combo.Input(
+                    "latent_batch",
+                    options=list(frames_in_batch.MEANINGS),
+                    default="clips",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the batch of an image latent is. clips: clips of one frame, which sampling refuses. "
+                    "frames: the frames of one clip, for graphs with Empty Latent Image, as of AnimateDiff.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The network, with the published scheduler and latent scale of its family.")
@@ -147,12 +158,13 @@ class DiffusionModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, family: str, weight_dtype: str) -> str:
+    def fingerprint_inputs(cls, file: str, family: str, weight_dtype: str, latent_batch: str = "clips") -> str:
         return single_file.fingerprint_file(file)
 
     @classmethod
-    def execute(cls, file: str, family: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(single_file.load_file(single_file.find_file(file), family, weight_dtype))
+    def execute(cls, file: str, family: str, weight_dtype: str, latent_batch: str = "clips") -> io.NodeOutput:
+        model = single_file.load_file(single_file.find_file(file), family, weight_dtype)
+        return io.NodeOutput(frames_in_batch.install(model) if latent_batch == "frames" else model)
 
 
 @checked

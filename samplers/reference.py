@@ -149,6 +149,11 @@ class ReferenceSampler(comfy.samplers.Sampler):
         base_model = model_wrap.inner_model
         _require_exploding(base_model.model_sampling)
         config = schedules.settings(getattr(base_model, "scheduler_config", NO_CONFIG))
+        if sigmas.ndim != 1:
+            raise ValueError(
+                f"The sigmas have the shape {tuple(sigmas.shape)}, expected a row of noise levels. Connect Reference "
+                "Scheduler or another scheduler."
+            )
         given = sigmas.cpu()
         levels = given.tolist()
         alphas = _alphas(levels, base_model.model_sampling, config)
