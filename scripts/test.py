@@ -1,6 +1,7 @@
 """Prepare everything, then run the tests: `python3 scripts/test.py [pytest arguments]`.
 
-Without a path under tests/ among the arguments all tests run. `--comfyui-version 0.30.0` tests against that ComfyUI.
+Without a path under tests/ among the arguments all tests run, two processes at a time; `-n 0` runs them in one.
+`-m "not slow"` leaves out what takes long. `--comfyui-version 0.30.0` tests against that ComfyUI.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from environment import ROOT, SOURCES, EnvironmentProblem, prepare
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # the editor draws the Chinese locale with the font
 BROWSER_PACKAGES = ("chromium", "fonts-noto-cjk")
+PROCESSES = 2  # each takes about 2 GB of memory, and shares the server's tests with nobody
 
 
 def ensure_browser() -> None:
@@ -31,6 +33,22 @@ def ensure_browser() -> None:
             return
 
 
+def pytest_call(arguments: list[str], cores: int) -> tuple[list[str], dict[str, str]]:
+    """Return pytest's arguments, and the environment variables to set, for the arguments of this script.
+
+    All tests run in `PROCESSES` processes where there are as many cores, each with its share of the cores as threads;
+    single files run in one, which is there sooner.
+    """
+    if any(argument.startswith("tests") for argument in arguments):
+        return arguments, {}
+    own = [argument for argument in arguments if argument.startswith(("-n", "--numprocesses", "--pdb", "--dist"))]
+    processes = min(PROCESSES, cores)
+    if own or processes < 2:
+        return ["tests", *arguments], {}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    return ["tests", "-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder", *arguments], threads
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--comfyui-version", choices=list(SOURCES))
@@ -41,10 +59,10 @@ def main() -> int:
         print(problem, file=sys.stderr)
         return 1
     ensure_browser()
-    if not any(argument.startswith("tests") for argument in arguments):
-        arguments.insert(0, "tests")
+    arguments, threads = pytest_call(arguments, os.cpu_count() or 1)
     command = [str(environment.python), "-m", "pytest", "-c", "tests/pytest.ini", *arguments]
-    return subprocess.call(command, cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(environment.comfyui)})
+    variables = {**threads, **os.environ, "COMFYUI_PATH": str(environment.comfyui)}
+    return subprocess.call(command, cwd=ROOT, env=variables)
 
 
 if __name__ == "__main__":

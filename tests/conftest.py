@@ -27,19 +27,26 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    """Sort the tests into groups that share what is expensive to make: all of the server's, else those of a module."""
+    groups = {}
     for item in items:
-        if item.get_closest_marker("server") or item.get_closest_marker("browser"):
+        of_server = item.get_closest_marker("server") is not None
+        if of_server:
             item.add_marker("slow")
+        groups.setdefault("server" if of_server else item.path.stem, []).append(item)
+    names = sorted(groups)
     if config.option.shuffle is not None:
         order = random.Random(config.option.shuffle)
-        modules = {}
-        for item in items:
-            modules.setdefault(item.path, []).append(item)
-        groups = sorted(modules.values(), key=lambda group: group[0].path)
-        order.shuffle(groups)
-        for group in groups:
+        order.shuffle(names)
+        for group in groups.values():
             order.shuffle(group)
-        items[:] = [item for group in groups for item in group]
+    # the longest first, so that one process is not left with it at the end
+    names.sort(key=lambda name: name != "server")
+    items[:] = [item for name in names for item in groups[name]]
+    if config.pluginmanager.hasplugin("xdist"):
+        for name, group in groups.items():
+            for item in group:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(params=["classic", "dynamic"])

@@ -1,5 +1,6 @@
 """Preparing the environment: what is there is kept, what is wrong is said with what to do."""
 
+import importlib
 import io
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import environment
 import pytest
 
 from comfy_process import REPOSITORY
+
+test_script = importlib.import_module("test")  # scripts/test.py; Python's own package of that name is behind it
 
 
 @pytest.fixture
@@ -122,3 +125,30 @@ def test_a_half_installed_environment_is_made_anew(trees):
     assert environment._created(folder) == python and (folder / "kept").exists()
     (folder / environment.UNFINISHED).touch()
     assert environment._created(folder) == python and not (folder / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cores", "expected"),
+    [
+        ([], 2, ["tests", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]),
+        (
+            ["-m", "not slow"],
+            8,
+            ["tests", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder", "-m", "not slow"],
+        ),
+        ([], 1, ["tests"]),
+        (["-n", "0"], 8, ["tests", "-n", "0"]),
+        (["--pdb", "-x"], 8, ["tests", "--pdb", "-x"]),
+        (["tests/test_schema.py", "-x"], 8, ["tests/test_schema.py", "-x"]),
+    ],
+)
+def test_all_tests_run_in_two_processes_unless_told_otherwise(arguments, cores, expected):
+    call, variables = test_script.pytest_call(arguments, cores)
+    assert call == expected
+    threads = {2: {"OMP_NUM_THREADS": "1"}, 8: {"OMP_NUM_THREADS": "4"}}
+    assert variables == (threads[cores] if "--dist" in call else {})
+
+
+def test_the_parallel_processes_are_a_pinned_and_declared_package():
+    pins = environment.PINS.read_text(encoding="utf-8")
+    assert "pytest-xdist==" in pins and "pytest-xdist>=" in (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
