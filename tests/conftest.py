@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config, items):
     groups = {}
     for item in items:
         of_server = item.get_closest_marker("server") is not None
-        if of_server:
+        if of_server or item.get_closest_marker("device"):
             item.add_marker("slow")
         groups.setdefault("server" if of_server else item.path.stem, []).append(item)
     names = sorted(groups)
