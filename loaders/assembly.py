@@ -12,7 +12,7 @@ from comfy.patcher_extension import CallbacksMP
 from ..models import network_description, parameter_patches
 from ..models.adopt import bring_small_tensors
 from ..models.base import VideoModelConfig
-from ..samplers import schedules
+from ..samplers import run_start, schedules
 from . import lora_files
 from .families import Family
 from .folders import check_family, read_config, read_config_or
@@ -94,7 +94,7 @@ def assemble(
         manual_cast_dtype,
         latent_format,
         model_channels=family.width(network.config),
-        sampling_settings={"timesteps": scheduler.get("num_train_timesteps", 1000)},
+        sampling_settings=schedules.sampling_settings(scheduler),
     )
     model = family.model(
         config,
@@ -113,4 +113,5 @@ def assemble(
     patcher.add_callback(CallbacksMP.ON_LOAD, bring_small_tensors)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
+    run_start.install(patcher)
     return patcher

@@ -38,7 +38,7 @@ def run_patched(
         text: keys and values of the text, (B, S, C) or (B * F, S, C).
         transformer_options: ComfyUI's.
     """
-    patches = _BlockPatches(transformer_options, block.attn1)
+    patches = BlockPatches(transformer_options, block.attn1)
     normed = block.norm1(tokens)
     tokens = patches.attend("attn1", block.attn1, normed, seen(normed)) + tokens
     tokens = patches.apply("middle_patch", tokens)
@@ -49,7 +49,7 @@ def run_patched(
     return tokens + block.ff(block.norm3(tokens))
 
 
-class _BlockPatches:
+class BlockPatches:
     """The patches in the options, and what they are told about a block with the attention `attention`."""
 
     def __init__(self, transformer_options: dict, attention: torch.nn.Module):
@@ -83,7 +83,7 @@ class _BlockPatches:
             keys, values = attention.to_k(keys), attention.to_v(values)
         else:
             keys, values = projected
-        replacement = self._replacement(name)
+        replacement = self.replacement(name)
         if replacement is None:
             attended = attention.attend(queries, keys, values, self.options)
         else:
@@ -91,12 +91,17 @@ class _BlockPatches:
             attended = attention.to_out[0](attended)
         return self.apply(f"{name}_output_patch", attended)
 
-    def _replacement(self, name: str) -> Callable | None:
-        """The replacement under (part, number, index of this block in its transformer), else under (part, number)."""
-        found, block = self.replacements.get(name, {}), self.options.get("block")
-        if block is None:
+    def replacement(self, name: str, *names_of_block: tuple) -> Callable | None:
+        """What takes the place of attention `name` in this block.
+
+        Args:
+            names_of_block: more than (part, number, index of the block in its transformer) and (part, number).
+        """
+        found, block = self.replacements.get(name), self.options.get("block")
+        if not found or block is None:
             return None
-        return found.get((*block, self.options.get("block_index", 0)), found.get(block))
+        keys = ((*block, self.options.get("block_index", 0)), block, *names_of_block)
+        return next((found[key] for key in keys if key in found), None)
 
 
 def _of_frames(rows: torch.Tensor, frames: int) -> torch.Tensor:

@@ -8,7 +8,9 @@ import comfy.model_management
 import torch
 
 from .base import COPIES_OF_KEPT, VideoModel
-from .consisid_blocks import DEVICE_ROWS
+from .consisid_blocks import DEVICE_ROWS, PATCHES, REPLACEMENTS
+from .parts import Angles, StartOfClip, Tokens
+from .served import Served
 
 PICTURE = "consisid_picture"
 KEY_POINTS = "consisid_key_points"
@@ -36,19 +38,19 @@ def picture_latents(picture: torch.Tensor, key_points: torch.Tensor | None, fram
     return clip
 
 
-class CONDAngles(comfy.conds.CONDConstant):
-    """Rotary angles of the clip that is sampled, in a tuple, in which ComfyUI leaves them in float32.
-
-    All prompts of a run are of one clip: to find their tables equal, nobody has to read the values from the device.
-    """
-
-    def can_concat(self, other: "CONDAngles") -> bool:
-        shapes = [None if table is None else table.shape for (table,) in (self.cond, other.cond)]
-        return shapes[0] == shapes[1]
-
-
 class ConsisIDModel(VideoModel):
     """`ConsisIDTransformer` with everything that only depends on the conditioning computed once per sampling run."""
+
+    served = Served(
+        "ConsisID",
+        patches=PATCHES,
+        replacements=REPLACEMENTS,
+        pictures=(PICTURE, KEY_POINTS),
+        reads=(IDENTITY, VISION, STRENGTH),
+        controls=False,
+        windows=(0, 2),
+        patch=2,
+    )
 
     def call_elements(self, input_shape: Sequence[int]) -> float:
         """Elements of activations at the peak of a call for latents of `input_shape` (B, C, F', h, w)."""
@@ -113,7 +115,7 @@ class ConsisIDModel(VideoModel):
         if kwargs.get("hooks") is not None:
             # Weights that change during the run: the network computes what depends on them in every call.
             conds["c_crossattn"] = comfy.conds.CONDRegular(text)
-            conds["picture"] = comfy.conds.CONDNoiseShape(picture)
+            conds["picture"] = StartOfClip(picture)
             conds["identity"] = comfy.conds.CONDRegular(identity)
             conds["vision_states"] = comfy.conds.CONDList(vision)
             conds["strength"] = comfy.conds.CONDRegular(strength)
@@ -121,8 +123,12 @@ class ConsisIDModel(VideoModel):
         condition = self.diffusion_model.condition(text, picture, identity, vision, strength)
         conds.pop("c_crossattn")
         conds["text_tokens"] = comfy.conds.CONDRegular(condition.text)
-        conds["picture_tokens"] = comfy.conds.CONDRegular(condition.picture)
-        conds["rotary"] = CONDAngles((condition.rotary,))
+        side = self.diffusion_model.config.patch_size
+        grid = (picture.shape[2], picture.shape[3] // side, picture.shape[4] // side)
+        conds["picture_tokens"] = Tokens(condition.picture, grid=grid, side=side)
+        conds["rotary"] = comfy.conds.CONDConstant((None,))
+        if condition.rotary is not None:
+            conds["rotary"] = Angles((condition.rotary,), 2, condition.text.shape[1], grid, side)
         if condition.face is not None:
             conds["face_keys_values"] = comfy.conds.CONDRegular(condition.face)
         return conds

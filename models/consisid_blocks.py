@@ -17,6 +17,11 @@ from torch.nn.functional import gelu, linear
 
 from .adopt import is_bypassed
 from .attention import attend
+from .block_patches import BlockPatches, patched
+
+# What ComfyUI's nodes may patch here, and where. The block halfway through is the middle one of UNets as well.
+PATCHES = ("attn1_output_patch",)
+REPLACEMENTS = ("attn1", "dit")
 
 # Rows per feed-forward chunk: bounds the hidden layer, which is four times as wide. On a CPU it stays near the caches.
 CPU_ROWS = 512
@@ -28,13 +33,18 @@ ROTATED_ELEMENTS = 2**24
 class JointAttention(Attention):
     """Self-attention over text and picture tokens, with normalised and rotated queries and keys."""
 
+    precision: torch.dtype | None = None
+
     def forward(self, hidden: torch.Tensor, rotary: torch.Tensor | None, transformer_options: dict) -> torch.Tensor:
         """Attend (B, S, C) to itself.
 
         Args:
             rotary: what `consisid_positions.rotary_table` returns for the S tokens, None without rotary positions.
-            transformer_options: ComfyUI's; attention overrides are honoured.
+            transformer_options: ComfyUI's; attention overrides and the patches of `PATCHES` and `REPLACEMENTS` are
+                honoured. These see the heads side by side, and in "img_slice" which tokens are the picture's.
         """
+        if patched(transformer_options):
+            return self._patched(hidden, rotary, transformer_options)
         attended = attend(
             # no names for queries, keys and values: they are freed before the last layer, at the peak of the block
             self._heads(self.to_q(hidden), self.norm_q, rotary),
@@ -45,6 +55,19 @@ class JointAttention(Attention):
             transformer_options=transformer_options,
         )
         return self.to_out[0](attended)
+
+    def _patched(self, hidden: torch.Tensor, rotary: torch.Tensor | None, transformer_options: dict) -> torch.Tensor:
+        patches = BlockPatches(transformer_options, self)
+        query = self._heads(self.to_q(hidden), self.norm_q, rotary)
+        key = self._heads(self.to_k(hidden), self.norm_k, rotary)
+        value = self._heads(self.to_v(hidden))
+        middle = [("middle", 0, 0), ("middle", 0)] if transformer_options.get("in_the_middle") else []
+        replacement = patches.replacement("attn1", *middle)
+        if replacement is None:
+            attended = attend(query, key, value, self.heads, skip_reshape=True, transformer_options=transformer_options)
+        else:
+            attended = replacement(*(part.transpose(1, 2).flatten(2) for part in (query, key, value)), patches.told)
+        return patches.apply("attn1_output_patch", self.to_out[0](attended))
 
     def _heads(
         self, tokens: torch.Tensor, norm: torch.nn.Module | None = None, rotary: torch.Tensor | None = None

@@ -5,7 +5,7 @@ contribute is computed by `condition` once, and handed to every call.
 """
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 
 import comfy.model_management
 import comfy.ops
@@ -220,6 +220,10 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
         if text_tokens is None:
             face = {key: kwargs[key] for key in ("identity", "strength") if key in kwargs}
             condition = self.condition(context, kwargs["picture"], hidden=kwargs.get("vision_states", ()), **face)
+        side = self.config.patch_size
+        transformer_options["original_shape"] = list(x.shape)
+        transformer_options["activations_shape"] = [*x.shape[:3], x.shape[3] // side, x.shape[4] // side]
+        transformer_options["total_blocks"] = len(self.transformer_blocks)
         emb = self.time_embedding(self.time_proj(timesteps).to(x.dtype))
         hidden = self.run_blocks(self._tokens(x, condition), emb, condition, transformer_options)
         hidden = self.norm_final(hidden[:, condition.text.shape[1] :])
@@ -246,8 +250,14 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
         length, rotary = condition.text.shape[1], condition.rotary
         rotary = rotary if rotary is None else rotary.to(hidden.device)
         faces = () if condition.face is None else condition.face.chunk(len(self.perceiver_cross_attention), dim=-1)
+        transformer_options["img_slice"] = [length, hidden.shape[1]]
+        replaced = transformer_options.get("patches_replace", {}).get("dit", {})
         for index, block in enumerate(self.transformer_blocks):
-            hidden = block(hidden, length, emb, rotary, transformer_options)
+            transformer_options["block"], transformer_options["block_index"] = ("double_block", index), index
+            transformer_options["in_the_middle"] = index == len(self.transformer_blocks) // 2
+            run = partial(block, text_length=length, emb=emb, rotary=rotary, transformer_options=transformer_options)
+            replacement = replaced.get(("double_block", index))
+            hidden = run(hidden) if replacement is None else _replaced(replacement, run, hidden, length, emb, rotary)
             turn, rest = divmod(index, self.config.cross_attn_interval)
             if faces and not rest:
                 attention = self.perceiver_cross_attention[turn]
@@ -260,8 +270,26 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
                 )
         return hidden
 
+    def places(self) -> dict[str, set[tuple]]:
+        """Places of ComfyUI's `patches_replace` that the network has, by name."""
+        blocks = {("double_block", index) for index in range(len(self.transformer_blocks))}
+        return {"attn1": blocks | {("middle", 0)}, "dit": blocks}
+
     def _as_clip(self, tokens: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         side = self.config.patch_size
         rows, columns = shape[3] // side, shape[4] // side
         tokens = tokens.view(shape[0], shape[2], rows, columns, -1, side, side)
         return tokens.permute(0, 4, 1, 2, 5, 3, 6).reshape(shape[0], -1, *shape[2:])
+
+
+def _replaced(replacement, run, hidden: torch.Tensor, length: int, emb: torch.Tensor, rotary) -> torch.Tensor:
+    """What ComfyUI's replacement of a block makes of tokens (B, T + N, C), T = `length`; it may call the block."""
+
+    def original(args: dict) -> dict:
+        tokens = run(torch.cat((args["txt"], args["img"]), dim=1))
+        return {"txt": tokens[:, :length], "img": tokens[:, length:]}
+
+    args = {"txt": hidden[:, :length], "img": hidden[:, length:], "vec": emb, "pe": rotary}
+    args["transformer_options"] = run.keywords["transformer_options"]
+    found = replacement(args, {"original_block": original})
+    return torch.cat((found["txt"], found["img"]), dim=1)

@@ -8,6 +8,8 @@ import torch
 from .base import FIRST_SIGMA
 from .clip_latents import check_clip_count
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
+from .parts import FrameNumbers, OneFrame, Whole
+from .served import Served
 from .unet3d_model import Peak, UNet3DModel
 
 NOISY = "consisti2v_noisy_first_frame"
@@ -22,6 +24,7 @@ class ConsistI2VModel(UNet3DModel):
     first_predicted_frame = 1
     # rotation and windows of attention over frames; the feed-forward layers of the first level
     peaks = (Peak(4970), Peak(3215, 1, 5120))
+    served = Served("ConsistI2V", pictures=(FIRST_FRAME,), reads=(FRAME_STRIDE, NOISY, FIRST_SIGMA))
 
     @staticmethod
     def without_picture(extra: dict) -> dict:
@@ -36,11 +39,12 @@ class ConsistI2VModel(UNet3DModel):
         """
         conds = super().extra_conds(**kwargs)
         first = self._first_frame(**kwargs)
-        conds["clean_first_frame"] = comfy.conds.CONDRegular(first)
+        conds["clean_first_frame"] = OneFrame(first)
         seen = self._noisy_first_frame(first, **kwargs) if kwargs.get(NOISY) else first
-        conds["first_frame_latents"] = comfy.conds.CONDRegular(seen.to(first))
+        conds["first_frame_latents"] = OneFrame(seen.to(first))
+        conds["frame_numbers"] = FrameNumbers((tuple(range(kwargs["noise"].shape[2])), False))
         stride = torch.full((first.shape[0],), float(kwargs[FRAME_STRIDE]), device=first.device)
-        conds["frame_stride"] = comfy.conds.CONDRegular(stride)
+        conds["frame_stride"] = Whole(stride)
         text = self.text_states(**kwargs)
         if kwargs.get("hooks") is None:
             conds["text_keys_values"] = comfy.conds.CONDCrossAttn(self.diffusion_model.project_text(text))
@@ -75,7 +79,30 @@ class ConsistI2VModel(UNet3DModel):
         return comfy.model_management.cast_to_device(first, kwargs["device"], torch.float32)
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        """ComfyUI's. A part of a clip that does not begin with it is predicted with the first frame in front."""
+        numbers, spare = kwargs.get("frame_numbers", ((0,), False))
+        added = numbers[0] != 0 and not spare
+        if added:
+            x = torch.cat((x[:, :, :1], x), dim=2)
         clean = super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         first = comfy.model_management.cast_to_device(kwargs["clean_first_frame"], clean.device, clean.dtype)
-        clean[:, :, :1] = first
+        if added:
+            clean = clean[:, :, 1:]
+        for place, number in enumerate(numbers):
+            if number == 0 or (spare and place == 0):
+                clean[:, :, place : place + 1] = first
         return clean
+
+    def after_guidance(self, denoised: torch.Tensor, conds: dict) -> torch.Tensor:
+        """The first frame is the clean one, whatever a node's guidance has made of it."""
+        first = next(cond for prompt in conds.values() for cond in prompt)["model_conds"]["clean_first_frame"].cond
+        first = comfy.utils.repeat_to_batch_size(first.to(denoised), denoised.shape[0])
+        return torch.cat((first, denoised[:, :, 1:]), dim=2)
+
+    def after_run(self, clip: torch.Tensor, conds: dict, denoise_mask: torch.Tensor | None) -> torch.Tensor:
+        """The first frame as it was given, also by samplers that end at another noise level than 0."""
+        first = next(cond for prompt in conds.values() for cond in prompt)[FIRST_FRAME]
+        first = comfy.utils.repeat_to_batch_size(first.to(clip), clip.shape[0])
+        if denoise_mask is not None:
+            first = torch.lerp(clip[:, :, :1], first, denoise_mask[:, :, :1].to(clip))
+        return torch.cat((first, clip[:, :, 1:]), dim=2)

@@ -134,6 +134,7 @@ class SpatialTransformer(_Transformer):
         for index, block in enumerate(self.transformer_blocks):
             if patched(transformer_options):
                 transformer_options["block_index"] = index
+                transformer_options["activations_shape"] = list(hidden.shape)
                 seen, text = partial(beside_first_frame, frames=frames), keys_values.chunk(2, dim=-1)
                 rows = run_patched(block, tokens.flatten(0, 1), seen, context, text, transformer_options)
                 tokens = rows.view_as(tokens)

@@ -14,9 +14,17 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch.nn.functional import pad, silu
 
+from . import block_patches
 from .consisti2v_attention import TextAttention
 from .consisti2v_layers import Block, Layer, LayerSettings, MiddleBlock
-from .layer_pass import LayerPass, distinct_clips, patch_embedding, start_pass
+from .layer_pass import (
+    LayerPass,
+    attention_places,
+    distinct_clips,
+    patch_embedding,
+    skip_channels,
+    start_pass,
+)
 from .temporal import as_frames
 
 # Parameters that every published checkpoint has and the original never reads: a projection of a time embedding that the
@@ -184,6 +192,18 @@ class ConsistI2VUNet(torch.nn.Module):
     def in_channels(self) -> int:
         """Channels of the latents, where ComfyUI's nodes look for them."""
         return self.config.in_channels
+
+    def skip_channels(self) -> list[int]:
+        """Channels of what is kept on the way down, block by block."""
+        return skip_channels(self.config.block_out_channels, self.config.layers_per_block)
+
+    def places(self) -> dict[str, set[tuple]]:
+        """Places of ComfyUI's `patches_replace` that the network has, by name."""
+        levels = (
+            [[layer.spatial is not None for layer in block.layers()] for block in blocks]
+            for blocks in (self.down_blocks, self.up_blocks)
+        )
+        return dict.fromkeys(block_patches.REPLACEMENTS, attention_places(*levels))
 
     def _embed(
         self,

@@ -9,6 +9,8 @@ import torch
 
 from .clip_latents import check_clip_count
 from .i2vgenxl_conditioning import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
+from .parts import OfFrames, PictureAndPositions, Whole
+from .served import Served
 from .unet3d_model import TEXT_TOKENS, UNet3DModel
 
 # Of the first latent and of an image embedding, see `I2VGenXLUNet`.
@@ -26,6 +28,7 @@ def image_latents(first: torch.Tensor, frames: int) -> torch.Tensor:
 class I2VGenXLModel(UNet3DModel):
     """`I2VGenXLUNet` with everything that only depends on the conditioning computed once per sampling run."""
 
+    served = Served("I2VGen-XL", pictures=(IMAGE_LATENT, IMAGE_EMBEDDING), reads=(FPS,))
     text_keys_values = "keys_values"
 
     def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
@@ -66,16 +69,16 @@ class I2VGenXLModel(UNet3DModel):
         text, fps, picture, embedding = self._inputs(**kwargs)
         if kwargs.get("hooks") is not None:
             conds["c_crossattn"] = comfy.conds.CONDCrossAttn(text)
-            conds["image_latents"] = comfy.conds.CONDNoiseShape(picture)
-            conds["image_embeddings"] = comfy.conds.CONDRegular(embedding)
-            conds["fps"] = comfy.conds.CONDRegular(fps)
+            conds["image_latents"] = PictureAndPositions(picture, picture, lambda planes: planes)
+            conds["image_embeddings"] = (OfFrames if embedding.shape[1] > 1 else Whole)(embedding)
+            conds["fps"] = Whole(fps)
             return conds
         condition = self.diffusion_model.condition(text, picture, embedding, fps)
         many = condition.keys_values.ndim == 4
-        tokens = comfy.conds.CONDRegular if many else comfy.conds.CONDCrossAttn
+        tokens = OfFrames if many else comfy.conds.CONDCrossAttn
         conds["context_tokens"], conds["keys_values"] = tokens(condition.context), tokens(condition.keys_values)
-        conds["picture"] = comfy.conds.CONDNoiseShape(condition.picture)
-        conds["fps_embedding"] = comfy.conds.CONDRegular(condition.fps)
+        conds["picture"] = PictureAndPositions(condition.picture, picture, self.diffusion_model.encode_picture)
+        conds["fps_embedding"] = Whole(condition.fps)
         return conds
 
     def _inputs(self, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """What one pass over the layers of a video UNet shares: embeddings, projected texts, ComfyUI's patches and controls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import comfy.model_management
 import comfy.utils
@@ -29,6 +29,35 @@ def patch_embedding(emb: torch.Tensor, channels: int, transformer_options: dict)
     for patch in transformer_options.get("patches", {}).get("emb_patch", ()):
         emb = patch(emb, channels, transformer_options)
     return emb
+
+
+def skip_channels(widths: Sequence[int], layers: int) -> list[int]:
+    """Channels of what a UNet keeps on the way down, block by block.
+
+    Args:
+        widths: channels of each level.
+        layers: in a level.
+    """
+    levels = [[width] * (layers if last else layers + 1) for width, last in zip(widths, _is_last(widths))]
+    return [widths[0], *(width for level in levels for width in level)]
+
+
+def attention_places(down: Iterable[list[bool]], up: Iterable[list[bool]]) -> set[tuple[str, int]]:
+    """(part, number) of the blocks with attention, numbered as ComfyUI's UNet numbers its own.
+
+    Args:
+        down, up: for each level, in the order of execution, whether its layers attend.
+    """
+    places, number, down = {("middle", 0)}, 0, list(down)
+    for level, last in zip(down, _is_last(down)):
+        places |= {("input", number + 1 + index) for index, attends in enumerate(level) if attends}
+        number += len(level) + (0 if last else 1)
+    layers = [attends for level in up for attends in level]
+    return places | {("output", index) for index, attends in enumerate(layers) if attends}
+
+
+def _is_last(items: Sequence) -> list[bool]:
+    return [False] * (len(items) - 1) + [True]
 
 
 class LayerPass:

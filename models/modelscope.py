@@ -2,11 +2,14 @@
 
 import comfy.conds
 
+from .served import Served
 from .unet3d_model import UNet3DModel
 
 
 class ModelScopeModel(UNet3DModel):
     """`ModelScopeUNet` with the text's keys and values projected once per sampling run."""
+
+    served = Served("ModelScope text-to-video")
 
     def extra_conds(self, **kwargs) -> dict:
         """Conditioning of one prompt.

@@ -109,6 +109,7 @@ class SpatialTransformer(Transformer2DModel):
         for index, block in enumerate(self.transformer_blocks):
             if patched(transformer_options):
                 transformer_options["block_index"] = index
+                transformer_options["activations_shape"] = list(hidden.shape)
                 tokens = run_patched(block, tokens, lambda normed: normed, context, text, transformer_options)
                 continue
             tokens = tokens + block.attn1(block.norm1(tokens), transformer_options=transformer_options)

@@ -15,7 +15,15 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from diffusers.models.unets.unet_3d_condition import UNet3DConditionModel
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLTransformerTemporalEncoder
 
-from .layer_pass import LayerPass, distinct_clips, patch_embedding, start_pass
+from . import block_patches
+from .layer_pass import (
+    LayerPass,
+    attention_places,
+    distinct_clips,
+    patch_embedding,
+    skip_channels,
+    start_pass,
+)
 from .temporal import PictureEncoder, TemporalConv, TemporalTransformer, as_clip, as_frames
 from .transformer import ChunkedFeedForward, OptimizedAttention, SpatialTransformer
 
@@ -52,6 +60,18 @@ class BlockRunner:
     def in_channels(self) -> int:
         """Channels of the latents, where ComfyUI's nodes look for them."""
         return self.config.in_channels
+
+    def skip_channels(self) -> list[int]:
+        """Channels of what is kept on the way down, block by block."""
+        return skip_channels(self.config.block_out_channels, self.config.layers_per_block)
+
+    def places(self) -> dict[str, set[tuple]]:
+        """Places of ComfyUI's `patches_replace` that the network has, by name."""
+        levels = (
+            [[hasattr(block, "attentions")] * len(block.resnets) for block in blocks]
+            for blocks in (self.down_blocks, self.up_blocks)
+        )
+        return dict.fromkeys(block_patches.REPLACEMENTS, attention_places(*levels))
 
     def embed_time(self, timesteps: torch.Tensor, x: torch.Tensor, transformer_options: dict) -> torch.Tensor:
         """The time embedding (B, D) of a clip x, with ComfyUI's patches of it."""

@@ -59,7 +59,9 @@ class ReferenceScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps: int, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(schedules.reference_sigmas(scheduler_config(model), steps, denoise))
+        config, table = scheduler_config(model), model.get_model_object("model_sampling").sigmas
+        own = len(table) == schedules.settings(config)["num_train_timesteps"]
+        return io.NodeOutput(schedules.reference_sigmas(config, steps, denoise, table if own else None))
 
 
 @checked

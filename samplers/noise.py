@@ -5,6 +5,7 @@ latent's samples.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import comfy.model_patcher
@@ -12,6 +13,7 @@ import comfy.model_sampling
 import comfy.sample
 import torch
 
+from .clip_numbers import rows_of_clips, sign
 from .filters import LowPass, mix_low_high
 
 MODES = ("independent", "mixed", "progressive")
@@ -53,7 +55,7 @@ class SharedNoise:
         """
         samples, indices = input_latent["samples"], input_latent.get("batch_index")
         if self.mode == "independent":
-            return comfy.sample.prepare_noise(samples, self.seed, indices)
+            return sign(comfy.sample.prepare_noise(samples, self.seed, indices), input_latent)
         require_frames(samples, f"Noise of mode {self.mode}", "Or use the mode independent.")
         # Some native samplers draw from the global generator and expect that the noise has seeded it.
         generator = torch.manual_seed(self.seed)
@@ -64,7 +66,7 @@ class SharedNoise:
             clip = self._draw_clip(samples.shape[1:], generator)
             if index in wanted:
                 clips[index] = clip
-        return torch.stack([clips[index] for index in indices]).to(samples.dtype)
+        return sign(torch.stack([clips[index] for index in indices]).to(samples.dtype), input_latent)
 
     def _draw_clip(self, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         """One clip (C, F, H, W) float32. Progressive noise draws whole clips of base frames, as the published code."""
@@ -80,8 +82,8 @@ class FrameInitNoise:
     Args:
         noise: the NOISE that gives the high frequencies and noises the video.
         model: whose noise levels and latent scale apply.
-        static_video: LATENT (B, C, F, H, W) or (B, C, H, W), unscaled; one clip is repeated to the batch, one frame to
-            all frames.
+        static_video: LATENT (N, C, F, H, W) or (N, C, H, W), unscaled; the clips of the batch take the N in turn, and
+            one frame is repeated to all frames.
         noise_level: training timestep, 0..T-1, to which the video is noised; lower keeps more of it.
         low_pass: the filter.
     """
@@ -111,12 +113,13 @@ class FrameInitNoise:
         """
         samples = input_latent["samples"]
         require_frames(samples, "FrameInit")
-        video = fit_video(self.static_video["samples"], samples.shape)
+        video = fit_video(self.static_video["samples"], samples.shape, input_latent.get("batch_index"))
         sigma = level_sigma(self.model.get_model_object("model_sampling"), self.noise_level)
         noise = self.noise.generate_noise(input_latent)
         video = self.model.model.process_latent_in(video.to(noise.device, torch.float32))
         noised = add_noise(video, noise.float(), sigma)
-        return mix_low_high(noised, noise, self.low_pass.mask(noise.shape[-3:], noise.device))
+        mask = self.low_pass.mask(noise.shape[-3:], noise.device)
+        return sign(mix_low_high(noised, noise, mask), input_latent)
 
 
 def mix_frames(mode: str, alpha: float, base: torch.Tensor, independent: torch.Tensor) -> torch.Tensor:
@@ -239,12 +242,13 @@ def require_frames(samples: torch.Tensor, subject: str, remedy: str = "") -> Non
         raise ValueError(message.strip())
 
 
-def fit_video(video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A static video in the shape of the clip that is sampled.
+def fit_video(video: torch.Tensor, shape: torch.Size, numbers: Sequence[int] | None = None) -> torch.Tensor:
+    """A static video in the shape of the clips that are sampled, which take the N in turn.
 
     Args:
-        video: (B or 1, C, F or 1, H, W) or (B or 1, C, H, W).
+        video: (N, C, F or 1, H, W) or (N, C, H, W); B is a multiple of N, unless `numbers` are given.
         shape: (B, C, F, H, W).
+        numbers: of the B clips in the batch that they were taken from ("batch_index"); None: they are the whole batch.
 
     Raises:
         ValueError: a size that neither agrees nor can be repeated.
@@ -252,8 +256,15 @@ def fit_video(video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     found = tuple(video.shape)
     if video.ndim == 4:
         video = video.unsqueeze(2)
-    agrees = video.ndim == 5 and all(
-        size == wanted or (size == 1 and axis in (0, 2)) for axis, (size, wanted) in enumerate(zip(video.shape, shape))
+    shared = numbers is not None or shape[0] % max(1, video.shape[0]) == 0
+    agrees = (
+        video.ndim == 5
+        and shared
+        and all(
+            size == wanted or (size == 1 and axis == 2)
+            for axis, (size, wanted) in enumerate(zip(video.shape, shape))
+            if axis > 0
+        )
     )
     if not agrees:
         raise ValueError(
@@ -261,7 +272,7 @@ def fit_video(video: torch.Tensor, shape: torch.Size) -> torch.Tensor:
             "width). Encode the static video with the model's VAE at the width, height and frames of the latent; one "
             "frame, or one clip for a whole batch, also fits."
         )
-    return video.expand(shape)
+    return rows_of_clips(video, range(shape[0]) if numbers is None else numbers).expand(shape)
 
 
 def _kind(model_sampling: torch.nn.Module) -> str:

@@ -54,6 +54,9 @@ CLASS_DEFAULTS = {
     **dict.fromkeys(COGVIDEOX_CLASSES, COGVIDEOX_DEFAULTS),
 }
 
+# diffusers' names of beta schedules -> ComfyUI's. Its "squaredcos_cap_v2" is the same as "cosine", but no tensor.
+COMFYUI_SCHEDULES = {"linear": "sqrt_linear", "scaled_linear": "linear", "squaredcos_cap_v2": "cosine"}
+
 # Fields of DPMSolverMultistepScheduler that leave the training timesteps for noise levels between them.
 RESPACED_SIGMAS = (
     "use_karras_sigmas",
@@ -102,6 +105,19 @@ def table_sigmas(config: dict) -> torch.Tensor:
     return (((1 - alphas) / alphas) ** 0.5).float()
 
 
+def sampling_settings(config: dict) -> dict:
+    """The schedule in ComfyUI's words (`sampling_settings` of a model configuration), as far as it has them.
+
+    Its nodes make a sampling space anew from them. `trained_betas` and CogVideoX's shift have no words there.
+    """
+    values = settings(config)
+    found = {"timesteps": values["num_train_timesteps"], "zsnr": bool(values["rescale_betas_zero_snr"])}
+    found |= {"linear_start": values["beta_start"], "linear_end": values["beta_end"]}
+    if values["beta_schedule"] in COMFYUI_SCHEDULES:
+        found["beta_schedule"] = COMFYUI_SCHEDULES[values["beta_schedule"]]
+    return found
+
+
 def final_alpha(config: dict) -> float:
     """Alpha that the last step of the reference sampler arrives at, in (0, 1]; below 1 a trace of noise remains."""
     return 1.0 if settings(config)["set_alpha_to_one"] else alphas_cumprod(config)[0].item()
@@ -139,7 +155,7 @@ def timesteps(config: dict, steps: int) -> list[int]:
     return visited
 
 
-def reference_sigmas(config: dict, steps: int, denoise: float = 1.0) -> torch.Tensor:
+def reference_sigmas(config: dict, steps: int, denoise: float = 1.0, table: torch.Tensor | None = None) -> torch.Tensor:
     """Sigmas of the checkpoint's own schedule, (n + 1,) float32: the table's sigma at each timestep, then 0.
 
     Args:
@@ -148,6 +164,7 @@ def reference_sigmas(config: dict, steps: int, denoise: float = 1.0) -> torch.Te
         denoise: share of the schedule to run, 0..1: the last n = int(steps * denoise) timesteps, as in diffusers'
             video-to-video pipeline. Where n is 0 the result is empty, (0,), which ComfyUI's samplers answer with the
             latent unchanged.
+        table: (T,), sigmas of a model whose noise levels a node has changed; None: the configuration's.
 
     Raises:
         ValueError: `denoise` outside 0..1; see also `timesteps` and `alphas_cumprod`.
@@ -158,7 +175,8 @@ def reference_sigmas(config: dict, steps: int, denoise: float = 1.0) -> torch.Te
     count = min(int(steps * denoise), steps)
     if count == 0:
         return torch.zeros(0)
-    return torch.cat((table_sigmas(config)[visited[-count:]], torch.zeros(1)))
+    table = table_sigmas(config) if table is None else table.detach().float().cpu()
+    return torch.cat((table[visited[-count:]], torch.zeros(1)))
 
 
 def follows_reference(config: dict, sigmas: torch.Tensor) -> bool:
