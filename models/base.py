@@ -91,7 +91,7 @@ class VideoModel(comfy.model_base.BaseModel):
         ValueError: the scheduler configuration names another kind of prediction than `PREDICTIONS`.
     """
 
-    served: Served
+    served = Served("this model")
 
     def __init__(
         self,

@@ -343,11 +343,21 @@ def test_missing_face_and_too_short_clip_are_named(model, tmp_path):
         run(with_points, noise=noise_of(1, 16, 1, *SIZE))
 
 
-def test_parts_of_a_clip_are_refused(model):
-    prompt = conditioned(area=(3, 4, 6, 0, 0, 0))
+def test_prompt_of_a_part_of_the_clip_leaves_the_rest(model):
     sigmas = schedules.reference_sigmas(model.model.scheduler_config, 1)
-    with pytest.raises(ValueError, match="72 tokens, but 18 are sampled. .* remove area conditioning"):
-        sample(model, prompt, prompt, noise_of(1, 16, 3, *SIZE), reference.reference_sampler(), sigmas)
+    noise, plain = noise_of(1, 16, 3, *SIZE), conditioned()
+
+    def clip(*prompts):
+        return sample(model, sum(prompts, []), plain, noise, reference.reference_sampler(), sigmas)
+
+    whole = clip(plain)
+    torch.testing.assert_close(clip(conditioned(area=(*SIZE, 0, 0))), whole, rtol=0, atol=1e-5)
+    # 3 rows from row 2 on become 4: patches have 2
+    part = clip(plain, conditioned(text=torch.ones(1, 226, 64), area=(3, SIZE[1], 2, 0)))
+    assert torch.equal(part[..., :2, :], whole[..., :2, :]) and torch.equal(part[..., 6:, :], whole[..., 6:, :])
+    assert (part[..., 2:6, :] - whole[..., 2:6, :]).abs().max() > 1e-3
+    later = clip(plain, conditioned(text=torch.ones(1, 226, 64), area=(1, *SIZE, 2, 0, 0)))
+    assert torch.equal(later[:, :, :2], whole[:, :, :2]) and not torch.equal(later[:, :, 2], whole[:, :, 2])
 
 
 def test_uneven_face_attentions_are_refused():

@@ -244,6 +244,8 @@ def test_models_that_add_no_noise_are_refused(loaded):
     config = loaded[0].model.model_config
     still = comfy.model_base.model_sampling(config, comfy.model_base.ModelType.IMG_TO_IMG_FLOW)
     with pytest.raises(ValueError, match="IMG_TO_IMG_FLOW.* adds no noise"):
+        free_init.carried_sigma(still)
+    with pytest.raises(ValueError, match="sample as .*IMG_TO_IMG_FLOW, but ModelScope"):
         run(loaded, wrapped(), model=with_sampling(loaded, still))
 
 
