@@ -15,6 +15,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
+from .bank_memory import BankMemory
 from .bank_origin import origin_of
 from .bank_reader import BankReader
 from .character_bank import CharacterBank, Evaluation, Slot, Tokens
@@ -116,8 +117,10 @@ class ConsistentAttention:
         characters: Sequence[str] = (),
     ):
         self.sharing, self.written, self.bank, self.characters = sharing, written, bank, tuple(characters)
+        self.memory = None
         if bank is not None:
             bank.check_names(characters)
+            self.memory = BankMemory(bank, self.characters)
 
     def install(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
         """A clone of the model with this patch.
@@ -139,6 +142,8 @@ class ConsistentAttention:
             model.set_model_attn1_patch(self.use_bank(mixing))
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.start_run)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.start_pass)
+        if self.memory is not None:
+            self.memory.install(model)
         return model
 
     def start_run(self, executor: Callable, noise, latent_image, sampler, sigmas, *args, **kwargs) -> torch.Tensor:
