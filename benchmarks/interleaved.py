@@ -33,7 +33,7 @@ def _busy_seconds() -> float | None:
     """Processor seconds that all processes have used since the machine started; None where that is not known."""
     if not STAT.is_file():
         return None
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, STAT.read_text().split()[1:9])
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, STAT.read_text(encoding="utf-8").split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,11 +1,19 @@
 """Files that ComfyUI lists by kind, and what to tell a user whose file is not there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
 from . import fingerprint
+
+
+def as_listed(name: str, names: Sequence[str]) -> str:
+    """Return the one of `names` that `name` means, whether its folders are separated as on Windows or not."""
+    if name in names:
+        return name
+    return next((each for each in names if each.replace("\\", "/") == name.replace("\\", "/")), name)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class ListedFiles:
         Raises:
             FileNotFoundError: no folder holds it.
         """
-        path = folder_paths.get_full_path(self.kind, name)
+        path = folder_paths.get_full_path(self.kind, as_listed(name, self.names()))
         if path is None:
             raise FileNotFoundError(self._missing(name))
         return Path(path)
@@ -42,7 +50,7 @@ class ListedFiles:
 
         Also True for None, which ComfyUI says in place of a name that comes over a wire: `find` then tells.
         """
-        return True if name is None or name in self.names() else self._missing(name)
+        return True if name is None or as_listed(name, self.names()) in self.names() else self._missing(name)
 
     def fingerprint(self, name: str | None) -> str:
         """Changes with the file; see `fingerprint.of_choice`."""

@@ -15,6 +15,7 @@ from . import fingerprint, original_modelscope
 from .assembly import assemble, published_latent_format
 from .families import FAMILIES, Family
 from .folders import read_config
+from .listed_files import as_listed
 from .network import build_on_meta
 from .state_dicts import unscale, unwrap
 from .weights import check_tensors, read_file
@@ -42,6 +43,7 @@ def find_file(name: str) -> Path:
     Raises:
         FileNotFoundError: no `diffusion_models` or `text2video` folder holds it.
     """
+    name = as_listed(name, list_files())
     path = folder_paths.get_full_path("diffusion_models", name)
     if path is None and name in _old_files():
         path = folder_paths.get_full_path(OLD_FOLDER, name)

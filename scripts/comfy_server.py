@@ -9,6 +9,7 @@ Runs with the interpreter of the prepared environment (see environment.py): need
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,16 @@ import requests
 import websocket
 from comfy_result import Preview, PromptError, PromptInterrupted, PromptRejected, Result
 
-__all__ = ["ComfyServer", "Preview", "PromptError", "PromptInterrupted", "PromptRejected", "Result", "ServerFailed"]
+__all__ = [
+    "ComfyServer",
+    "Preview",
+    "PromptError",
+    "PromptInterrupted",
+    "PromptRejected",
+    "Result",
+    "ServerFailed",
+    "link_or_copy",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-ConsistentVideo"
@@ -83,8 +93,8 @@ class ComfyServer:
         for name in FOLDERS:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         link = self.folder / "custom_nodes" / PACK_NAME
-        if self.pack and not link.is_symlink():
-            link.symlink_to(ROOT, target_is_directory=True)
+        if self.pack and not link.exists():
+            link_or_copy(ROOT, link)
         self.port = _free_port()
         # spinning OpenMP threads would stall each other when processes share few cores
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -267,6 +277,17 @@ class ComfyServer:
                 failure = PromptInterrupted(data, result)
             elif kind == "executing" and data["node"] is None:  # always the last event, after the history is written
                 return failure
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """Make a file or a folder available at `place`: by a link, or a copy where links are a privilege (Windows)."""
+    try:
+        place.symlink_to(source, target_is_directory=source.is_dir())
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "output", "tests"))
+        else:
+            shutil.copy2(source, place)
 
 
 def _free_port() -> int:

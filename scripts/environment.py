@@ -217,7 +217,7 @@ def _created(folder: Path, base: Path | None = None) -> Path:
 def _python_version(python: Path) -> str:
     """For example "3.11"; "" when the interpreter does not start."""
     command = [str(python), "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, check=False, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def _site_packages(folder: Path) -> Path:
@@ -240,7 +240,12 @@ def _run(command: list[str], name: str, on_line: Callable[[str], None] = lambda 
         environment = {**os.environ, "TMPDIR": temporary, "TEMP": temporary, "TMP": temporary}
         environment.pop("PYTHONPATH", None)
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
         ) as process:
             for line in process.stdout:
                 on_line(line)

@@ -98,7 +98,7 @@ def server(tmp_path_factory, tiny_models):
     folder = tmp_path_factory.mktemp("comfyui")
     shutil.copytree(tiny_models, folder / "models")
     (folder / "custom_nodes").mkdir()
-    (folder / "custom_nodes" / "tensor_nodes").symlink_to(Path(__file__).parent / "tensor_nodes")
+    shutil.copytree(Path(__file__).parent / "tensor_nodes", folder / "custom_nodes" / "tensor_nodes")
     with ComfyServer(folder, comfyui=comfyui_folder()) as running:
         yield running
 

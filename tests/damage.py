@@ -19,15 +19,15 @@ def write_shards(folder, state, suffix=".safetensors", index_name=None):
         save_file(chunk, folder / name) if suffix == ".safetensors" else torch.save(chunk, folder / name)
         weight_map |= dict.fromkeys(chunk, name)
     name = index_name or f"{WEIGHTS}{suffix}.index.json"
-    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def config(folder):
-    (folder / "unet" / "config.json").write_text("{")
+    (folder / "unet" / "config.json").write_text("{", encoding="utf-8")
 
 
 def family(folder):
-    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}), encoding="utf-8")
 
 
 def truncated(folder):
@@ -46,8 +46,8 @@ def pickled_code(folder):
 
 
 def channels(folder):
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}), encoding="utf-8")
 
 
 def nan(folder):
@@ -85,8 +85,8 @@ def vae(folder):
 
 
 def text(folder):
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    config = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}), encoding="utf-8")
 
 
 class Malice:

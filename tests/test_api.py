@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import damage
 import pytest
-from comfy_server import ComfyServer, PromptError, PromptInterrupted, PromptRejected
+from comfy_server import ComfyServer, PromptError, PromptInterrupted, PromptRejected, link_or_copy
 from PIL import Image
 from prompts import node, picture_to_video, text_to_video
 
@@ -30,7 +30,9 @@ def frames_of(server, result):
 def test_the_server_knows_every_node_and_imported_the_pack_without_complaint(server):
     assert server.failed_imports() == []
     info = server.object_info()
-    assert {name for name in info if name.startswith("ConsistentVideo")} == set(json.loads(SCHEMAS.read_text()))
+    assert {name for name in info if name.startswith("ConsistentVideo")} == set(
+        json.loads(SCHEMAS.read_text(encoding="utf-8"))
+    )
     assert info["ConsistentVideoModelScopeLoader"]["output"] == ["MODEL", "CLIP", "VAE"]
 
 
@@ -199,7 +201,7 @@ def test_sizes_that_the_vae_cannot_have_name_the_nearest_ones(server):
 
 def test_memory_saving_flags(tmp_path, models_folder):
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "diffusers").symlink_to(models_folder / "diffusers", target_is_directory=True)
+    link_or_copy(models_folder / "diffusers", tmp_path / "models" / "diffusers")
     with ComfyServer(tmp_path, arguments=("--cache-none", "--disable-smart-memory", "--fp16-unet")) as small:
         result = small.run(text_to_video(steps=2))
         assert len(result.files()) == 1 and result.cached == []

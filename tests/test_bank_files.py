@@ -217,7 +217,7 @@ def test_banks_of_both_folders_are_listed(folders):
         path = folders / parent / "character_banks" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_bank(bank_of("Ann"), path)
-    (folders / "output" / "character_banks" / "notes.txt").write_text("no bank")
+    (folders / "output" / "character_banks" / "notes.txt").write_text("no bank", encoding="utf-8")
     assert sorted(character_bank.FILES.names()) == ["a.safetensors", "b.safetensors", "sub/c.safetensors"]
     assert character_bank.FILES.find("b.safetensors") == folders / "models" / "character_banks" / "b.safetensors"
     assert same_bank(load_bank(character_bank.FILES.find("sub/c.safetensors")), bank_of("Ann"))

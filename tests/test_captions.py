@@ -207,7 +207,7 @@ def fonts(tmp_path):
     tiny_fonts.build(system / "Blank-Bold.otf", "", blank="天地人玄")
     tiny_fonts.build(system / "LastResort.otf", "天地人玄")
     (system / "Damaged-Bold.ttc").write_bytes(b"no font")
-    (system / "readme.txt").write_text("no font")
+    (system / "readme.txt").write_text("no font", encoding="utf-8")
     return [own], [system]
 
 

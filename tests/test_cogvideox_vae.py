@@ -389,7 +389,7 @@ def rewrite(folder, change):
 
 def reconfigure(folder, **fields):
     path = folder / "vae" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

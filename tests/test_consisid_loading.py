@@ -65,7 +65,7 @@ def copy(published, request):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def transformer_state(folder):
@@ -99,7 +99,9 @@ def test_inverted_scale_is_the_pictures_alone(copy):
 
 def test_sharded_bf16_folder_loads_in_its_type(tmp_path):
     folder = tiny_consisid.write_consisid(tmp_path / "half", half=True)
-    index = json.loads((folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    index = json.loads(
+        (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").read_text(encoding="utf-8")
+    )
     shards = sorted(set(index["weight_map"].values()))
     assert len(shards) > 2
     state = {}
@@ -118,21 +120,23 @@ def test_sharded_bf16_folder_loads_in_its_type(tmp_path):
 
 
 def test_family_is_found_by_the_networks_own_configuration(copy):
-    index = json.loads((copy / "model_index.json").read_text())
+    index = json.loads((copy / "model_index.json").read_text(encoding="utf-8"))
     del index["transformer"]
-    (copy / "model_index.json").write_text(json.dumps(index))
+    (copy / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     assert copy.name in folders.list_checkpoints(CONSISID)
     assert copy.name not in folders.list_checkpoints(families.MODELSCOPE)
     assert checkpoint.load_folder_network(CONSISID, copy, "default").model.diffusion_model.config.num_layers == 4
 
 
 def test_early_field_names_and_unknown_fields_do_not_matter(copy):
-    config = json.loads((copy / "transformer" / "config.json").read_text())
+    config = json.loads((copy / "transformer" / "config.json").read_text(encoding="utf-8"))
     edit(copy / "transformer" / "config.json", unknown_field=1, _name_or_path="elsewhere")
     model = checkpoint.load_folder_network(CONSISID, copy, "default")
     assert_same_weights(model, transformer_state(copy))
     # An early configuration describes the published extractor, whatever its fields say.
-    (copy / "transformer" / "config.json").write_text(json.dumps({**config, "LFE_heads": 12, "LFE_num_tokens": 32}))
+    (copy / "transformer" / "config.json").write_text(
+        json.dumps({**config, "LFE_heads": 12, "LFE_num_tokens": 32}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="another shape .*local_facial_extractor"):
         checkpoint.load_folder_network(CONSISID, copy, "default")
 
@@ -216,7 +220,7 @@ def test_vocabulary_of_the_folder_is_used(copy, vocabulary, tmp_path):
     if vocabulary == "spiece.model":
         (copy / "tokenizer").mkdir()
         text = tmp_path / "text.txt"
-        text.write_text("the fox jumps over the lazy dog\n" * 50)
+        text.write_text("the fox jumps over the lazy dog\n" * 50, encoding="utf-8")
         sentencepiece.SentencePieceTrainer.train(
             input=str(text), model_prefix=str(copy / "tokenizer" / "spiece"), vocab_size=40, pad_id=0, eos_id=1,
             unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
@@ -269,8 +273,14 @@ def damage_text_keys(folder):
         (lambda folder: edit(folder / "text_encoder" / "config.json", feed_forward_proj="gated-silu"), ["gated-silu"]),
         (lambda folder: edit(folder / "text_encoder" / "config.json", relative_attention_max_distance=64), ["64"]),
         (lambda folder: edit(folder / "text_encoder" / "config.json", vocab_size=100), ["vocabulary of 32100", "100"]),
-        (lambda folder: (folder / "text_encoder" / "config.json").write_text("{}"), ["lacks d_model"]),
-        (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{"), ["tokenizer.json", "valid JSON"]),
+        (
+            lambda folder: (folder / "text_encoder" / "config.json").write_text("{}", encoding="utf-8"),
+            ["lacks d_model"],
+        ),
+        (
+            lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{", encoding="utf-8"),
+            ["tokenizer.json", "valid JSON"],
+        ),
         (
             lambda folder: edit(folder / "transformer" / "config.json", num_layers=6),
             ["transformer", "missing keys (perceiver_cross_attention.2.norm1.bias"],

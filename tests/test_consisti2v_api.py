@@ -18,7 +18,7 @@ import tiny_checkpoints
 pytestmark = pytest.mark.server
 
 GOLDENS = Path(__file__).parent / "goldens" / "consisti2v_A"
-META = json.loads((GOLDENS / "meta.json").read_text())
+META = json.loads((GOLDENS / "meta.json").read_text(encoding="utf-8"))
 GOLDEN_CHECKPOINT = "consisti2v-golden"
 SCALE = 0.18215
 
@@ -30,9 +30,9 @@ def golden_server(server):
     shutil.copytree(
         folder.with_name(tiny_checkpoints.CONSISTI2V_NAME), folder, ignore=shutil.ignore_patterns("scheduler")
     )
-    config = json.loads((GOLDENS / "unet_config.json").read_text())
+    config = json.loads((GOLDENS / "unet_config.json").read_text(encoding="utf-8"))
     named = {"_class_name": tiny_checkpoints.CONSISTI2V_UNET["_class_name"], **config}
-    (folder / "unet" / "config.json").write_text(json.dumps(named))
+    (folder / "unet" / "config.json").write_text(json.dumps(named), encoding="utf-8")
     shutil.copy(GOLDENS / "unet.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors")
     tiny_checkpoints.write_scheduler(folder, META["scheduler"])
     recorded = load_file(GOLDENS / "tensors.safetensors")

@@ -25,7 +25,7 @@ from consistent_video.samplers.noise import FrameInitNoise
 from native_sampling import sample
 
 FOLDER = Path(__file__).parent / "goldens" / "consisti2v_A"
-META = json.loads((FOLDER / "meta.json").read_text())
+META = json.loads((FOLDER / "meta.json").read_text(encoding="utf-8"))
 SCALE = 0.18215
 
 
@@ -36,7 +36,9 @@ def goldens():
 
 @pytest.fixture(scope="module")
 def model():
-    network = build_on_meta(ConsistI2VUNet, json.loads((FOLDER / "unet_config.json").read_text()), "golden")
+    network = build_on_meta(
+        ConsistI2VUNet, json.loads((FOLDER / "unet_config.json").read_text(encoding="utf-8")), "golden"
+    )
     state = drop_dead_keys(load_file(FOLDER / "unet.safetensors"))
     scheduler = META["scheduler"]
     config = VideoModelConfig(torch.float32, None, FrameLatentFormat(SCALE), 32, {"timesteps": 1000})

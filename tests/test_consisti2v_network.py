@@ -33,7 +33,7 @@ from consistent_video.models.unet3d import REPLACEMENTS
 
 KEYS_FILE = Path(__file__).parent / "data" / "consisti2v_keys.json"
 GOLDENS = Path(__file__).parent / "goldens" / "consisti2v_A"
-CONFIG = json.loads((GOLDENS / "unet_config.json").read_text())
+CONFIG = json.loads((GOLDENS / "unet_config.json").read_text(encoding="utf-8"))
 TOLERANCE = 2e-5
 # (frames, height, width): every (size / 8)-th value of frames 2.., the mean of their absolute values; see `clip`.
 ORIGINAL_OUTPUTS = {
@@ -88,7 +88,7 @@ def published():
     """The original's state dict at full size, without storage."""
     return {
         f"{module}.{name}": torch.empty([int(size) for size in shape.split("x")], device="meta")
-        for table in json.loads(KEYS_FILE.read_text())
+        for table in json.loads(KEYS_FILE.read_text(encoding="utf-8"))
         for module in table["modules"]
         for name, shape in table["parameters"].items()
     }
@@ -102,7 +102,7 @@ def predict(network, goldens, timestep, dtype=torch.float32):
         torch.full((2,), timestep),
         goldens["encoder_hidden_states"].to(dtype),
         first_frame_latents=first,
-        frame_stride=json.loads((GOLDENS / "meta.json").read_text())["frame_stride"],
+        frame_stride=json.loads((GOLDENS / "meta.json").read_text(encoding="utf-8"))["frame_stride"],
     )
 
 

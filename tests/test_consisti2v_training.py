@@ -93,9 +93,9 @@ def test_a_schedule_of_v_is_learnt_as_v(tmp_path, pretrained):
     folder = tmp_path / "v"
     checkpoints.link_or_copy(pretrained, folder)
     path = folder / "scheduler" / "scheduler_config.json"
-    config = {**json.loads(path.read_text()), "prediction_type": "v_prediction"}
+    config = {**json.loads(path.read_text(encoding="utf-8")), "prediction_type": "v_prediction"}
     path.unlink()
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8")
     settings = consisti2v_settings(tmp_path / "run", folder)
     task, clip = ConsistI2VTask(settings), samples(1)[0]
     timestep, noise = drawn(settings, clip.number)
@@ -239,7 +239,7 @@ def test_the_loader_loads_what_is_saved(tmp_path, pretrained):
     # what only the file had is still there
     dead = "down_blocks.0.conv3ds.0.time_emb_proj.weight"
     assert load_file(folder / WEIGHTS)[dead].shape == (64, 512)
-    assert json.loads((folder / "unet" / "config.json").read_text())["n_frames"] == FRAMES
+    assert json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))["n_frames"] == FRAMES
     assert (folder / "vae" / "config.json").samefile(pretrained / "vae" / "config.json")
 
 
@@ -268,11 +268,11 @@ def test_stable_diffusion_is_the_beginning(tmp_path, image_folder):
 def test_stable_diffusion_1_is_refused(tmp_path, image_folder):
     folder = tmp_path / "other"
     checkpoints.link_or_copy(image_folder, folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     state = load_file(folder / WEIGHTS)
     for name in ("unet/config.json", WEIGHTS):
         (folder / name).unlink()
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     projections = [key for key in state if key.endswith("proj_in.weight")]
     save_file({**state, **{key: state[key][..., None, None] for key in projections}}, folder / WEIGHTS)
     with pytest.raises(ValueError, match="is not Stable Diffusion 2.1-base: .* tensors of another shape"):

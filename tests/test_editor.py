@@ -19,7 +19,7 @@ pytestmark = [
 
 WORKFLOWS = sorted((REPOSITORY / "example_workflows").glob("*.json"))
 BANK_WORKFLOW = "Story to comic"
-NODES = sorted(json.loads((Path(__file__).parent / "data" / "schema.json").read_text()))
+NODES = sorted(json.loads((Path(__file__).parent / "data" / "schema.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")

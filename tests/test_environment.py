@@ -43,7 +43,7 @@ def test_a_second_run_only_looks(monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "scripts" / "environment.py"], capture_output=True, text=True, check=False
+        [sys.executable, REPOSITORY / "scripts" / "environment.py"], capture_output=True, encoding="utf-8", check=False
     )
     assert time.monotonic() - started < 6
     assert done.returncode == 0 and "Installing" not in done.stdout

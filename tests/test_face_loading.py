@@ -50,7 +50,7 @@ def test_sources_are_listed(models):
     fake_pack(models / "insightface" / "models" / "antelopev2" / "antelopev2")
     checkpoint = models / "diffusers" / "ConsisID-preview"
     fake_pack(checkpoint / "face_encoder" / "models" / "antelopev2")
-    (checkpoint / "model_index.json").write_text("{}")
+    (checkpoint / "model_index.json").write_text("{}", encoding="utf-8")
     save_file({"detector_short.stem.weight": torch.zeros(1)}, models / "detection" / "mediapipe.safetensors")
     save_file({"other": torch.zeros(1)}, models / "detection" / "other.safetensors")
     assert list_face_sources() == [

@@ -139,10 +139,10 @@ def test_text_encoder_without_prefix_loads(copy, modelscope_folder):
 
 
 def test_foreign_fields_and_index_entries_are_ignored(copy, unet_state):
-    config = json.loads((copy / "unet" / "config.json").read_text())
+    config = json.loads((copy / "unet" / "config.json").read_text(encoding="utf-8"))
     config |= {"_name_or_path": "elsewhere", "time_cond_proj_dim": None, "unknown_field": 3}
-    (copy / "unet" / "config.json").write_text(json.dumps(config))
-    (copy / "model_index.json").write_text(json.dumps({"unet": ["other", "MyUNet3D"]}))
+    (copy / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (copy / "model_index.json").write_text(json.dumps({"unet": ["other", "MyUNet3D"]}), encoding="utf-8")
     assert copy.name in folders.list_checkpoints(MODELSCOPE)
     assert_same_weights(assembly.load_folder_network(MODELSCOPE, copy, "default"), unet_state)
 

@@ -109,7 +109,7 @@ def test_loss_is_the_mean_squared_error_of_the_embeddings(tmp_path, i2vgenxl_fol
 def test_video_loss_is_the_published_network_s(tmp_path, i2vgenxl_folder, prediction):
     folder = shutil.copytree(i2vgenxl_folder, tmp_path / "folder")
     config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace("v_prediction", prediction))
+    config.write_text(config.read_text(encoding="utf-8").replace("v_prediction", prediction), encoding="utf-8")
     settings = settings_of(tmp_path, folder, video_loss=1.0, fps=12, seed=3)
     video_loss, samples = MotionPredictorTask(settings).video_loss, samples_of(2, 3)
     width = video_loss.network.config.cross_attention_dim
@@ -305,7 +305,7 @@ def test_what_cannot_be_trained_is_told_before_training(tmp_path, i2vgenxl_folde
     no_tower = shutil.copytree(i2vgenxl_folder, tmp_path / "no_tower", ignore=shutil.ignore_patterns("image_encoder"))
     other_target = shutil.copytree(i2vgenxl_folder, tmp_path / "other_target")
     scheduler = other_target / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(scheduler.read_text().replace("v_prediction", "sample"))
+    scheduler.write_text(scheduler.read_text(encoding="utf-8").replace("v_prediction", "sample"), encoding="utf-8")
     empty = write_annotations(tmp_path / "none.jsonl", [{"file": "none.mp4", "text": ""}])
 
     def frames(number):

@@ -34,7 +34,7 @@ def published():
     """The original's state dict at full size, without storage."""
     return {
         f"{module}.{name}": torch.empty([int(size) for size in shape.split("x")], dtype=torch.float16, device="meta")
-        for table in json.loads(KEYS_FILE.read_text())
+        for table in json.loads(KEYS_FILE.read_text(encoding="utf-8"))
         for module in table["modules"]
         for name, shape in table["parameters"].items()
     }

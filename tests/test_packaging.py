@@ -114,7 +114,7 @@ def import_names(requirements: list[str]) -> set[str]:
 def ruff(*arguments: str) -> None:
     """Run ruff in the repository; its findings are the message of the failure."""
     command = [sys.executable, "-m", "ruff", *arguments, "--no-cache"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

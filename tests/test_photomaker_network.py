@@ -24,8 +24,8 @@ from consistent_video.models.photomaker import IdEncoderV1, IdEncoderV2, PhotoMa
 from consistent_video.models.photomaker_picture import normalise
 
 GOLDENS = Path(__file__).parent / "goldens" / "storydiffusion_A"
-META = json.loads((GOLDENS / "photomaker_meta.json").read_text())
-KEYS = json.loads((GOLDENS / "photomaker_real_keys.json").read_text())
+META = json.loads((GOLDENS / "photomaker_meta.json").read_text(encoding="utf-8"))
+KEYS = json.loads((GOLDENS / "photomaker_real_keys.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-5
 # transformers 5 resizes with torchvision unless asked for Pillow, which its older versions, and the original, use.
 PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from consistent_video.faces.class_tokens import expand, read_prompt, room, without_triggers
 
 GOLDENS = Path(__file__).parent / "goldens" / "storydiffusion_A"
-CASES = json.loads((GOLDENS / "photomaker_tokenization.json").read_text())["cases"]
+CASES = json.loads((GOLDENS / "photomaker_tokenization.json").read_text(encoding="utf-8"))["cases"]
 START, END = 49406, 49407
 TOKENS_PER_PICTURE = {"v1": 1, "v2": 2}
 # What the original loses in long prompts: the end token, class tokens, or the person altogether.

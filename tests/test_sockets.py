@@ -195,7 +195,7 @@ def test_a_fingerprint_without_a_name_follows_every_checkpoint(models_folder):
     before = folders.fingerprint_checkpoint(None)
     assert folders.fingerprint_checkpoint(None) == before
     file = models_folder / "diffusers" / tiny_checkpoints.I2VGENXL_NAME / "note.txt"
-    file.write_text("new")
+    file.write_text("new", encoding="utf-8")
     try:
         assert folders.fingerprint_checkpoint(None) != before
     finally:

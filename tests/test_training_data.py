@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     for count in (12, 16, 40, 76):
         write_clip(folder / f"{count}.mp4", numbered_frames(count, 20, 30))
-    (folder / "text.mp4").write_text("no video")
+    (folder / "text.mp4").write_text("no video", encoding="utf-8")
     noise = torch.rand(40, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     whole = write_clip(folder / "noise.mp4", noise, container={"movflags": "faststart"}).read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])

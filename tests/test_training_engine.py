@@ -281,7 +281,7 @@ def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path, pretrained):
     script = KILLED.format(tests=str(REPOSITORY / "tests"), scripts=str(REPOSITORY / "scripts"))
     folder = tmp_path / "run"
     result = subprocess.run(
-        [sys.executable, "-c", script, folder, pretrained], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, folder, pretrained], capture_output=True, encoding="utf-8", check=False
     )
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from comfy_server import link_or_copy
 
 from comfy_process import PACKAGE, REPOSITORY, comfyui_folder
 
@@ -26,7 +27,7 @@ def checkout(tmp_path_factory):
     comfyui.mkdir()
     for entry in comfyui_folder().resolve().iterdir():
         if entry.name != "custom_nodes":
-            (comfyui / entry.name).symlink_to(entry)
+            link_or_copy(entry, comfyui / entry.name)
     left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "output", "goldens")
     return shutil.copytree(REPOSITORY, comfyui / "custom_nodes" / "ComfyUI-ConsistentVideo", ignore=left_out)
 
@@ -58,7 +59,13 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(steering)}
     variables = {**inherited, "HF_HOME": str(cwd), **environment}  # HF_HOME: where accelerate looks for defaults
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=120,
     )
 
 

@@ -59,7 +59,7 @@ def start(processes: int, trainer: str, settings) -> subprocess.Popen:
     environment = {**os.environ, "COMFYUI_PATH": str(comfyui_folder()), "OMP_NUM_THREADS": "1"}
     environment["ACCELERATE_USE_CPU"] = "true"
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True
     )
 
 
@@ -117,7 +117,7 @@ def test_samples_of_all_processes_are_counted(one_and_two):
 
 def test_the_clip_that_is_none_is_listed_once(one_and_two):
     for run in one_and_two:
-        lines = (run.output / "skipped_clips.txt").read_text().splitlines()
+        lines = (run.output / "skipped_clips.txt").read_text(encoding="utf-8").splitlines()
         assert len(lines) == 1
         assert lines[0].split("\t")[0].endswith("annotations.jsonl:3")
         assert metrics(run)[-1]["skipped"] == 1
@@ -235,7 +235,9 @@ dist.destroy_process_group()
 def test_sharded_layers_give_the_same_loss_and_gradients(tmp_path, pretrained):
     """What accelerate's FSDP shards, which runs on accelerators only, sharded by torch on the CPU."""
     script = tmp_path / "sharded.py"
-    script.write_text(SHARDED_RUN.format(tests=str(REPOSITORY / "tests"), scripts=str(REPOSITORY / "scripts")))
+    script.write_text(
+        SHARDED_RUN.format(tests=str(REPOSITORY / "tests"), scripts=str(REPOSITORY / "scripts")), encoding="utf-8"
+    )
     command = [
         sys.executable,
         "-m",
@@ -247,7 +249,7 @@ def test_sharded_layers_give_the_same_loss_and_gradients(tmp_path, pretrained):
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, str(tmp_path), str(pretrained)], env=environment, capture_output=True, text=True, check=False
+        [*command, str(tmp_path), str(pretrained)], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("agrees") == 2

@@ -200,7 +200,7 @@ def test_loader_lists_finds_and_explains(tmp_path, monkeypatch):
     files.register_folder()
     (tmp_path / files.FOLDER).mkdir()
     path = tiny_motion_predictor.write_motion_predictor(tmp_path / files.FOLDER / "mine.safetensors")
-    (path.parent / "notes.txt").write_text("no network")
+    (path.parent / "notes.txt").write_text("no network", encoding="utf-8")
     assert files.FILES.names() == ["mine.safetensors"]
     loader = nodes.MotionPredictorLoader
     assert loader.validate_inputs("mine.safetensors") is True

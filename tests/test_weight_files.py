@@ -147,7 +147,9 @@ def test_variants_are_taken_in_order(tmp_path, present, half, taken, sharded, ca
             for part, name in enumerate(shards):
                 save_file({f"part{part}": torch.full((1,), float(number))}, tmp_path / name)
             index = ".".join(filter(None, (STEM, "safetensors", "index", variant, "json")))
-            (tmp_path / index).write_text(json.dumps({"weight_map": {"part0": shards[0], "part1": shards[1]}}))
+            (tmp_path / index).write_text(
+                json.dumps({"weight_map": {"part0": shards[0], "part1": shards[1]}}), encoding="utf-8"
+            )
         else:
             save_file({"part0": torch.full((1,), float(number))}, tmp_path / f"{stem}.safetensors")
     found = weights.read_weights(weights.find_weights(tmp_path, STEM, half))
@@ -229,10 +231,10 @@ def test_a_configuration_beside_a_file_completes_it(models_folder, tmp_path, cap
     shutil.copy(weights_file, path)
     assert not single_file.read_network(path).config.get("is_kps")
     assert "put its config.json beside it as consisid.json" in caplog.text
-    config = json.loads((folder / "config.json").read_text()) | {"is_kps": True}
-    path.with_suffix(".json").write_text(json.dumps(config))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"is_kps": True}
+    path.with_suffix(".json").write_text(json.dumps(config), encoding="utf-8")
     assert single_file.load_file(path, "auto", "fp32").model.diffusion_model.config.is_kps
-    path.with_suffix(".json").write_text(json.dumps({"_class_name": "Other", "is_kps": True}))
+    path.with_suffix(".json").write_text(json.dumps({"_class_name": "Other", "is_kps": True}), encoding="utf-8")
     assert not single_file.read_network(path).config.get("is_kps")
 
 

@@ -53,6 +53,6 @@ def test_links_join_nodes_that_know_them(name):
 
 
 def test_every_node_of_the_pack_is_in_a_workflow():
-    schemas = json.loads((REPOSITORY / "tests" / "data" / "schema.json").read_text())
+    schemas = json.loads((REPOSITORY / "tests" / "data" / "schema.json").read_text(encoding="utf-8"))
     used = {node["type"] for workflow in WORKFLOWS.values() for node in workflow["nodes"]}
     assert set(schemas) - used == set()

@@ -103,12 +103,12 @@ def write_tokenizer(folder: Path, pad_token: str) -> None:
     folder.mkdir(parents=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(comfyui_tokenizer() / name, folder / name)
-    config = json.loads((comfyui_tokenizer() / "tokenizer_config.json").read_text())
-    special = json.loads((comfyui_tokenizer() / "special_tokens_map.json").read_text())
+    config = json.loads((comfyui_tokenizer() / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = json.loads((comfyui_tokenizer() / "special_tokens_map.json").read_text(encoding="utf-8"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({**config, "pad_token": pad_token, "model_max_length": 77})
+        json.dumps({**config, "pad_token": pad_token, "model_max_length": 77}), encoding="utf-8"
     )
-    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": pad_token}), encoding="utf-8")
 
 
 def write_text_encoder(folder: Path, layers: int = 3) -> None:
@@ -162,7 +162,7 @@ def write_modelscope(folder: Path, seed: int = 0, **unet_settings) -> Path:
         "unet": ["diffusers", "UNet3DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
@@ -212,7 +212,7 @@ def write_i2vgenxl(folder: Path, seed: int = 0) -> Path:
         "unet": ["diffusers", "I2VGenXLUNet"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
@@ -226,13 +226,15 @@ def write_consisti2v(folder: Path, seed: int = 0, **unet_settings) -> Path:
     _spread(unet)
     dead = {"down_blocks.0.conv3ds.0.time_emb_proj.weight": torch.zeros(64, 512)}
     (folder / "unet").mkdir(parents=True)
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    (folder / "unet" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file({**unet.state_dict(), **dead}, folder / "unet" / "diffusion_pytorch_model.safetensors")
     write_image_vae(folder / "vae")
     write_text_encoder(folder / "text_encoder")
     write_tokenizer(folder / "tokenizer", "!")
     write_scheduler(folder, CONSISTI2V_SCHEDULER)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "ConditionalAnimationPipeline"}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "ConditionalAnimationPipeline"}), encoding="utf-8"
+    )
     return folder
 
 
@@ -290,7 +292,7 @@ def write_face_pack(folder: Path) -> Path:
 
 def write_scheduler(folder: Path, config: dict) -> None:
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _modelscope_unet(seed: int, **settings) -> UNet3DConditionModel:

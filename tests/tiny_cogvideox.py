@@ -59,4 +59,6 @@ def write_vae(folder: Path, seed: int = 0, config: dict | None = None, **setting
     """
     tiny_vae(seed, **settings).save_pretrained(folder)
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **(config or {})}, indent=2))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **(config or {})}, indent=2), encoding="utf-8"
+    )

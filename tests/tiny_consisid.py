@@ -95,7 +95,9 @@ def write_consisid(
     write_tokenizer(folder / "tokenizer")
     tiny_cogvideox.write_vae(folder / "vae")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **SCHEDULER}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": scheduler, **SCHEDULER}), encoding="utf-8"
+    )
     index = {
         "_class_name": "ConsisIDPipeline",
         "scheduler": ["diffusers", scheduler],
@@ -104,7 +106,7 @@ def write_consisid(
         "transformer": ["diffusers", "ConsisIDTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 
 
