@@ -2,12 +2,14 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Upsample
 
 from .character_bank import Origin
+from .schedule_place import Place
 from .shared_layers import shared_layers
 from .token_sharing import Layer, Sharing
 
@@ -40,23 +42,29 @@ def bank_size(
     height: int,
     panels: int,
     prompts: int = 2,
+    evaluations: Sequence[int] | None = None,
+    place: Place | None = None,
 ) -> int:
-    """Bytes of a bank, for samplers that evaluate the model once per step.
+    """Bytes of a bank.
 
     Args:
         steps: of the run.
         width, height: of the pictures, in latent pixels.
         panels: reference panels, of all characters.
         prompts: 2 with a negative prompt, 1 without.
+        evaluations: the step of each call of the model; None for one call per step.
+        place: of the run in its schedule; None for one that is the whole of it.
     """
     layers, grids = shared_layers(model), layer_grids(model, width, height)
     item = model.model.get_dtype_inference().itemsize
+    before, whole = place or Place(0, steps)
+    numbers = [before + step for step in (range(steps) if evaluations is None else evaluations)]
     total = 0
     for layer, block in layers.items():
         apart, tokens = grids[layer]
         kept = round(sharing.rate(apart) * tokens)
-        shared = sum(sharing.shares(step, steps, layer) for step in range(steps))
-        full = sum(sharing.warming_up(step, steps) for step in range(steps)) if sharing.warm_up == "full_bank" else 0
+        shared = sum(sharing.shares(step, whole, layer) for step in numbers)
+        full = sum(sharing.warming_up(step, whole) for step in numbers) if sharing.warm_up == "full_bank" else 0
         total += (kept * shared + tokens * full) * block.n_heads * block.d_head
     return total * item * panels * prompts
 

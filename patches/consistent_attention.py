@@ -5,95 +5,28 @@ attention backends and other attn1 patches keep working. What a forward pass nee
 options and ends with it.
 """
 
+import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
+from .attention_pass import KEY, Pass, Run
 from .bank_memory import BankMemory
 from .bank_origin import origin_of
 from .bank_reader import BankReader
-from .character_bank import CharacterBank, Evaluation, Slot, Tokens
-from .panel_attention import append_tokens, attend_dealt, attend_panels, deal_tokens, sample_tokens
+from .bank_writer import BankWriter
+from .character_bank import CharacterBank, Slot, Tokens
+from .panel_attention import Added, append_tokens, attend_dealt, attend_panels, deal_tokens, sample_tokens, tile_tokens
+from .run_levels import follow_levels
+from .schedule_place import place_of
 from .shared_layers import shared_layers
 from .token_sharing import Layer, Sharing
 
-KEY = "consistent_self_attention"
 RUN_KEY = "consistent_self_attention_run"
-
-
-class Run:
-    """One sampling run: which conditioning is which, and how often each was evaluated at a step."""
-
-    def __init__(self, conds: dict[str, list[dict]]):
-        self.entries = {cond.get("uuid"): index for entries in conds.values() for index, cond in enumerate(entries)}
-        self.visits = Counter()
-
-    def evaluations(self, options: dict, step: int) -> list[Evaluation]:
-        """The evaluations that a forward pass makes, in the order of its groups of rows."""
-        kinds = options["cond_or_uncond"]
-        uuids = options.get("uuids", [None] * len(kinds))
-        window = tuple(getattr(options.get("context_window"), "index_list", ()))
-        found = []
-        for kind, uuid in zip(kinds, uuids):
-            entry = self.entries.get(uuid, 0)
-            visit = self.visits[kind, entry, step, window]
-            self.visits[kind, entry, step, window] += 1
-            found.append(Evaluation(kind, entry, step, visit))
-        return found
-
-
-class Pass:
-    """One forward pass: its step, its groups of rows, and the positions that its layers share."""
-
-    def __init__(self, sharing: Sharing, run: Run, options: dict, rows: int):
-        if options.get("sample_sigmas") is None:
-            raise ValueError(
-                "Consistent self-attention needs to know the step, but the sampler does not say its sigmas. Use a "
-                "sampler node of ComfyUI."
-            )
-        sigmas = options["sample_sigmas"][:-1].float().cpu()
-        self.sharing, self.steps = sharing, len(sigmas)
-        self.step = int((sigmas - options["sigmas"].flatten()[0].float().cpu()).abs().argmin())
-        self.evaluations = run.evaluations(options, self.step)
-        self.panels = panel_numbers(options.get("context_window"), rows // len(self.evaluations))
-        self.reader: BankReader | None = None
-        self.replacements = options.get("patches_replace", {}).get("attn1", {})
-        self.dealt: dict[Layer, tuple[range, int]] = {}
-        self._positions = {}
-
-    def shares(self, layer: Layer) -> bool:
-        """Whether panels see each other in a layer."""
-        return self.sharing.shares(self.step, self.steps, layer)
-
-    @property
-    def warming_up(self) -> bool:
-        """Whether the step belongs to the warm-up."""
-        return self.sharing.warming_up(self.step, self.steps)
-
-    def positions(self, tokens: int, options: dict, device: torch.device) -> list[torch.Tensor]:
-        """Positions of the tokens that each panel shows to the others in a layer."""
-        if tokens not in self._positions:
-            # Every halving of a grid rounds up, so that small odd widths fall short of a power of two.
-            ratio = options["original_shape"][-1] / options["activations_shape"][-1]
-            rate = self.sharing.rate(2 ** math.ceil(math.log2(ratio)))
-            drawn = [self.sharing.positions(self.step, panel, tokens, rate) for panel in self.panels]
-            self._positions[tokens] = [positions.to(device) for positions in drawn]
-        return self._positions[tokens]
-
-
-def panel_numbers(window: object | None, panels: int) -> list[int]:
-    """Which panels of the batch a forward pass holds, of ComfyUI's context windows over the batch too."""
-    if window is None or window.dim != 0:
-        return list(range(panels))
-    anchor = getattr(window, "causal_anchor_index", None)
-    numbers = [*([] if anchor is None or anchor < 0 else [anchor]), *window.index_list]
-    return numbers if len(numbers) == panels else list(range(panels))
 
 
 class ConsistentAttention:
@@ -140,6 +73,7 @@ class ConsistentAttention:
             model.set_model_attn1_replace(replacement, *layer)
         if self.written is not None or self.characters:
             model.set_model_attn1_patch(self.use_bank(mixing))
+        follow_levels(model)
         model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.start_run)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.start_pass)
         if self.memory is not None:
@@ -156,7 +90,10 @@ class ConsistentAttention:
         if self.bank is not None:
             height, width = noise.shape[-2:]
             self.bank.check_origin(origin_of(guider.model_patcher, self.sharing, sigmas, width, height))
-        guider.model_options["transformer_options"][RUN_KEY] = Run(guider.conds)
+        _check_prompts(guider.conds, len(noise))
+        levels, sampling = sigmas.tolist(), guider.model_patcher.get_model_object("model_sampling")
+        run = Run(guider.conds, levels, place_of(sampling, levels), len(noise))
+        guider.model_options["transformer_options"][RUN_KEY] = run
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
     def start_pass(self, executor: Callable, x, timesteps, context, y, control, transformer_options, **kwargs):
@@ -171,8 +108,13 @@ class ConsistentAttention:
                 "them from the model, or draw fewer reference panels."
             )
         run = transformer_options.get(RUN_KEY) or Run({})
-        options = {**transformer_options, KEY: Pass(self.sharing, run, transformer_options, len(x))}
-        return executor(x, timesteps, context, y, control, options, **kwargs)
+        current = Pass(self.sharing, run, transformer_options, len(x))
+        if self.written is not None:
+            current.writer = BankWriter(self.written)
+        predicted = executor(x, timesteps, context, y, control, {**transformer_options, KEY: current}, **kwargs)
+        if current.writer is not None:
+            current.writer.finish()
+        return predicted
 
     def mix_panels(self, layer: Layer, previous: Callable | None) -> Callable:
         """A replacement of a layer's attention; it computes attention as `previous`, a replacement, does."""
@@ -192,16 +134,25 @@ class ConsistentAttention:
                 )
 
             current = options.get(KEY)
+            if current is None:
+                return attention(queries, keys, values)
             # Other attentions know no layout but (B, T, C).
             heads = None if previous or "optimized_attention_override" in options else options["n_heads"]
             out = None if queries.requires_grad else queries
-            if current is not None and layer in current.dealt:
-                panels, dealt = len(current.panels), current.dealt.pop(layer)
-                return attend_dealt(queries, keys, values, *dealt, panels, attention, heads, out)
-            if current is None or self.bank is not None or len(current.panels) < 2 or not current.shares(layer):
+            added, panels, tiles = current.added.pop(layer, None), len(current.panels), len(queries) // len(keys)
+            if added is not None:
+                if tiles > 1:
+                    keys, values = (tile_tokens(part, added, panels, tiles) for part in (keys, values))
+                elif added.dealt:
+                    return attend_dealt(queries, keys, values, added.where, added.count, panels, attention, heads, out)
                 return attention(queries, keys, values)
-            positions = current.positions(queries.shape[1], options, queries.device)
-            return attend_panels(queries, keys, values, positions, attention, heads, out)
+            if self.bank is not None or panels < 2 or not current.shares(layer):
+                return attention(queries, keys, values)
+            keys, values = (part.reshape(len(queries), -1, part.shape[-1]) for part in (keys, values))
+            tiles = len(queries) // (panels * len(current.evaluations))
+            tokens = min(_grid(options), tiles * keys.shape[1])
+            seen, alone = current.shared_positions(tokens, options, queries.device, tiles, keys.shape[1])
+            return attend_panels(queries, keys, values, seen, attention, heads, out, alone)
 
         return replacement
 
@@ -219,15 +170,13 @@ class ConsistentAttention:
             if current is None or layer not in layers or not self._needs_bank(current, layer):
                 return tokens, context, values
             if self.written is not None:
-                self._write(current, layer, tokens, options)
+                self._write(current, layer, context, options)
                 return tokens, context, values
-            groups = self._read(current, layer, tokens, layers)
-            add = append_tokens
-            if len(current.panels) > 1 and current.replacements.get(layer) is layers[layer]:
-                add = deal_tokens
+            groups, own = self._read(current, layer, context, layers), context.shape[1]
+            deal = len(current.panels) > 1 and current.replacements.get(layer) is layers[layer]
+            add = deal_tokens if deal else append_tokens
             longer = add(context, groups)
-            if add is deal_tokens:
-                current.dealt[layer] = (range(context.shape[1], longer.shape[1]), len(groups[0]))
+            current.added[layer] = Added(range(own, longer.shape[1]), len(groups[0]), deal)
             return tokens, longer, longer if values is context else add(values, groups)
 
         return patch
@@ -236,10 +185,13 @@ class ConsistentAttention:
         return current.shares(layer) or (current.warming_up and self.sharing.warm_up == "full_bank")
 
     def _write(self, current: Pass, layer: Layer, tokens: torch.Tensor, options: dict) -> None:
-        positions = current.positions(tokens.shape[1], options, tokens.device)
+        """Write tokens (R * P, S, C), of which the first of each row are the panel's own."""
+        own = min(_grid(options), tokens.shape[1])
+        positions = current.positions(own, options, tokens.device)
         for evaluation, rows in zip(current.evaluations, tokens.split(len(current.panels))):
-            kept = rows.flatten(0, 1) if current.warming_up else sample_tokens(rows, positions)
-            self.written[Slot(evaluation, layer)] = kept.to(comfy.model_management.intermediate_device(), copy=True)
+            kept = rows[:, :own].reshape(-1, rows.shape[2]).clone() if current.warming_up else None
+            kept = sample_tokens(rows, positions) if kept is None else kept
+            current.writer.keep(Slot(evaluation, layer), kept)
 
     def _read(self, current: Pass, layer: Layer, tokens: torch.Tensor, layers: Sequence[Layer]) -> list[torch.Tensor]:
         """Tokens (M, C) of the bank for every group of rows."""
@@ -247,6 +199,25 @@ class ConsistentAttention:
             reading = [layer for layer in layers if self._needs_bank(current, layer)]
             current.reader = BankReader(self.bank, self.characters, current.evaluations, reading)
         return [group[0] for group in current.reader.read(layer, tokens)]
+
+
+def _check_prompts(conds: Mapping[str, list[dict]], pictures: int) -> None:
+    """Say when there are prompts of more pictures than are drawn, as with the default batch size of a latent."""
+    texts = [cond["cross_attn"] for entries in conds.values() for cond in entries if "cross_attn" in cond]
+    most = max((len(text) for text in texts if isinstance(text, torch.Tensor)), default=1)
+    if most > pictures:
+        logging.warning(
+            "Consistent Self-Attention: there are prompts of %d pictures, but the latent has %d: the others are not "
+            "drawn. Set the batch size of the empty latent to %d.",
+            most,
+            pictures,
+            most,
+        )
+
+
+def _grid(options: dict) -> int:
+    """Tokens of a picture in the layer at hand, whatever patches have made of them."""
+    return math.prod(options["activations_shape"][-2:])
 
 
 def bank_names(bank: CharacterBank | None, names: str) -> tuple[str, ...]:

@@ -6,10 +6,25 @@ keys does not matter, so what all panels of a group see stays in place, and only
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Added(NamedTuple):
+    """Tokens of a bank among the tokens of a layer.
+
+    Args:
+        where: the token numbers.
+        count: how many all panels of a group see together.
+        dealt: whether they are dealt out to the panels; otherwise each panel has all of them.
+    """
+
+    where: range
+    count: int
+    dealt: bool
 
 
 def attend_panels(
@@ -20,6 +35,7 @@ def attend_panels(
     attention: Attention,
     heads: int | None = None,
     out: torch.Tensor | None = None,
+    alone: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention of every panel over all of its own tokens and the sampled tokens of the others.
 
@@ -31,11 +47,12 @@ def attend_panels(
         heads: if given, attention gets (1, heads, T, C / heads) and (1, heads, S', C / heads) instead, which spares it
             a change of layout.
         out: where the result goes; may be `queries`, which then need no second tensor beside them.
+        alone: `unseen_positions` of each of the positions, for a caller who knows them.
 
     Returns:
         (R * P, T, C).
     """
-    alone = [unseen_positions(seen, keys.shape[1]) for seen in positions]
+    alone = [unseen_positions(seen, keys.shape[1]) for seen in positions] if alone is None else alone
     return _attend(queries, keys, values, positions, alone, attention, heads, out)
 
 
@@ -106,6 +123,27 @@ def attend_dealt(
     shares = [min(max(count - panel * len(dealt), 0), len(dealt)) for panel in range(panels)]
     shared = [numbers[dealt.start : dealt.start + share] for share in shares]
     return _attend(queries, keys, values, shared, [own] * panels, attention, heads, out)
+
+
+def tile_tokens(tokens: torch.Tensor, added: Added, panels: int, tiles: int) -> torch.Tensor:
+    """Tokens in as many rows as tiled queries have, each with a part of its panel's own and all that were added.
+
+    ComfyUI's HyperTile divides the queries only, and its attention then divides keys and values in their order.
+
+    Args:
+        tokens: (R * P, S, C), R groups of P panels.
+        added: which of them came from a bank.
+        panels: P.
+        tiles: how many rows N of queries there are for each panel.
+
+    Returns:
+        (R * P * N, T / N + M, C) for T tokens of a panel's own and M that were added.
+    """
+    own = torch.cat((tokens[:, : added.where.start], tokens[:, added.where.stop :]), dim=1)
+    shared = tokens[:, added.where.start : added.where.stop].unflatten(0, (-1, panels))  # (R, P, M or less, C)
+    shared = shared.flatten(1, 2)[:, : added.count] if added.dealt else shared[:, 0]
+    own = own.reshape(len(tokens) * tiles, -1, tokens.shape[2])
+    return torch.cat((own, shared.repeat_interleave(panels * tiles, dim=0)), dim=1)
 
 
 def sample_tokens(tokens: torch.Tensor, positions: Sequence[torch.Tensor]) -> torch.Tensor:

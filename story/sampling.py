@@ -1,6 +1,7 @@
 """Draws a story: reference panels together, then every other panel with what they left in the character bank."""
 
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -16,7 +17,9 @@ import torch
 from ..patches.bank_origin import bank_size, origin_of
 from ..patches.character_bank import CharacterBank, Tokens
 from ..patches.consistent_attention import ConsistentAttention
+from ..patches.schedule_place import nearest_step, place_of
 from ..patches.token_sharing import Sharing
+from ..samplers.rehearsal import rehearse
 from ..samplers.step_noise import noise_seed, seeded
 from .conditioning import Identity, batch, encode_panel, encode_text
 from .panel_numbers import select_panels as select_panels
@@ -173,17 +176,44 @@ class StoryRun:
         panels = sum(len(step.panels) for step in passes if step.mode == "write")
         if not panels:
             return
-        prompts = 1 if self.settings.cfg == 1 else 2
-        *_, height, width = self.empty.shape
-        size = bank_size(self.model, self.settings.sharing, len(self.sigmas) - 1, width, height, panels, prompts)
+        size, known = self._bank_size(panels)
         device = comfy.model_management.intermediate_device()
         free = comfy.model_management.get_free_memory(device)
-        logging.info("Character bank of %d reference panels: %.2f GB on %s.", panels, size / 1e9, device)
+        logging.info(
+            "Character bank of %d reference panels: %.2f GB on %s%s.",
+            panels,
+            size / 1e9,
+            device,
+            "" if known else " for each time that the sampler evaluates a step, which it decides as it goes",
+        )
         if size > free:
             raise ValueError(
                 f"The character bank of {panels} reference panels needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB "
                 f"are free ({device}). Lower id_panels, the sampling rates, the size or the steps."
             )
+
+    def _bank_size(self, panels: int) -> tuple[int, bool]:
+        """Bytes of the bank of some reference panels, and whether the sampler's calls of the model are known."""
+        sampling = self.model.get_model_object("model_sampling")
+        levels, rehearsal = self.sigmas.tolist(), rehearse(self.sampler, self.sigmas, sampling)
+        shortcut = not self.model.model_options.get("disable_cfg1_optimization", False)
+        if rehearsal is not None:
+            shortcut = shortcut and not rehearsal.without_shortcut
+        prompts = 1 if shortcut and math.isclose(self.settings.cfg, 1.0) else 2
+        evaluations = rehearsal and [nearest_step(levels, sigma) for sigma in rehearsal.sigmas]
+        *_, height, width = self.empty.shape
+        size = bank_size(
+            self.model,
+            self.settings.sharing,
+            len(levels) - 1,
+            width,
+            height,
+            panels,
+            prompts,
+            evaluations,
+            place_of(sampling, levels),
+        )
+        return size, rehearsal is not None
 
 
 def needed_passes(passes: Collection[Pass], wanted: Collection[int]) -> list[Pass]:

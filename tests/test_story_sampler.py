@@ -516,8 +516,11 @@ def announced(caplog) -> list[tuple]:
         {"cfg": 1.0},
         {"sharing": dataclasses.replace(SHARING, warm_up="full_bank", start_step=2)},
         {"width": 72, "height": 88},
+        {"sampler": "dpm_2"},
+        {"sampler": "euler_cfg_pp", "cfg": 1.0},
+        {"sigmas": torch.tensor([2.5, 1.0, 0.4, 0.0])},
     ],
-    ids=["two prompts", "one prompt", "full bank", "odd size"],
+    ids=["two prompts", "one prompt", "full bank", "odd size", "two calls", "both prompts", "part of a schedule"],
 )
 def test_the_size_of_the_bank_is_announced_before_the_run(tools, caplog, changes):
     caplog.set_level(logging.INFO)
