@@ -141,6 +141,7 @@ def test_latents_of_picture_and_key_points_are_the_pipelines_draws(pipelines, lo
         assert torch.equal(found, negative[0][1][key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 @pytest.mark.parametrize("key_points", [False, True])
 @pytest.mark.parametrize("frames", [9, 13, 49])

@@ -21,6 +21,8 @@ from consistent_video.training.settings import ConsistI2VSettings
 from consistent_video.training.sources import open_dataset
 from consistent_video.training.video_file import VideoFile
 
+pytestmark = pytest.mark.slow
+
 FRAMES, SIDE, STEPS = 4, 48, 400
 TEXTS = ("an orange disc goes to the right", "a blue square goes up")
 UNET = {

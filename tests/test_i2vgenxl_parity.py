@@ -181,6 +181,7 @@ def test_one_call_of_the_network_equals_diffusers(pipeline, exact, shape):
     assert (per_frame - found).abs().max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "cfg", "fps", "seed"),
     [

@@ -81,6 +81,7 @@ def test_one_call_of_the_network_equals_diffusers(exact_pipeline, exact, shape):
     assert (network(x, timesteps, None, text_keys_values=network.project_text(text)) - expected).abs().max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 4, 16, 4, 6), (2, 4, 3, 6, 8), (1, 4, 24, 2, 6)])
 def test_ten_ddim_steps_equal_the_pipeline(exact_pipeline, exact, shape):
     """From the same encoded prompts: that the text encoders agree is another test."""
@@ -102,6 +103,7 @@ def test_without_guidance_one_branch_equals_the_pipeline(pipeline, loaded):
     assert (run(loaded, noise, cfg=1.0) * SCALE - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_dpm_solver_schedule_and_native_dpmpp_2m_equal_the_pipeline(pipeline, loaded):
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     other = TextToVideoSDPipeline(**{**pipeline.components, "scheduler": scheduler})
@@ -114,6 +116,7 @@ def test_dpm_solver_schedule_and_native_dpmpp_2m_equal_the_pipeline(pipeline, lo
     assert (latents * SCALE - expected).norm() / expected.norm() < 1e-3
 
 
+@pytest.mark.slow
 def test_video_to_video_equals_the_pipeline(pipeline, loaded):
     video = VideoToVideoSDPipeline(**pipeline.components)
     video.set_progress_bar_config(disable=True)

@@ -334,6 +334,7 @@ def test_what_cannot_be_trained_is_told_before_training(tmp_path, i2vgenxl_folde
             MotionPredictorTask(settings_of(tmp_path, folder, **changes))
 
 
+@pytest.mark.slow
 def test_trained_on_moving_discs_it_beats_linear_interpolation(tmp_path, i2vgenxl_folder):
     folder = shutil.copytree(i2vgenxl_folder, tmp_path / "i2vgen-xl")
     moving_discs.sharpen_tower(folder)

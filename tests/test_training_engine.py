@@ -14,6 +14,8 @@ from comfy_process import REPOSITORY
 from consistent_video.training import checkpoints, engine
 from consistent_video.training.consisti2v import ConsistI2VTask
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

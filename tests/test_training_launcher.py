@@ -12,6 +12,8 @@ from comfy_server import link_or_copy
 
 from comfy_process import PACKAGE, REPOSITORY, comfyui_folder
 
+pytestmark = pytest.mark.slow
+
 ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "-m", "consistent_video_train")
 DIRECT = ("-m", "consistent_video_train")
 # What ComfyUI reads of a pack, beside its packages.

@@ -22,6 +22,8 @@ from consistent_video.loaders.motion_predictor import load_motion_predictor
 from consistent_video.training.checkpoints import PROGRESS, STATE, complete, folder_name
 from consistent_video.training.settings import MotionPredictorSettings
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
