@@ -30,9 +30,10 @@ def main() -> None:
     for name in SCENE_MODULES:
         importlib.import_module(f"device.{name}")
     stage = scenes.Stage(models_folder(arguments.models), modes.MODES[arguments.mode])
-    stage.counts_waits = arguments.waits
     with torch.inference_mode():
         errors = run_scenes(stage, arguments.scenes or list(scenes.SCENES))
+    if arguments.waits:
+        print_waits(stage)
     found = {"values": stage.values, "waits": stage.waits, "errors": errors}
     if arguments.result:
         torch.save({**found, "left": left_on_the_card(stage), "pinned": pinned()}, arguments.result)
@@ -40,8 +41,8 @@ def main() -> None:
 
 
 def run_scenes(stage, names: list[str]) -> dict[str, str]:
-    """Run scenes one after the other and print how long each took and where it waited; returns name -> traceback."""
-    from device import scenes, waits
+    """Run scenes one after the other and print how long each took; returns name -> traceback."""
+    from device import scenes
 
     errors = {}
     for name in names:
@@ -52,9 +53,15 @@ def run_scenes(stage, names: list[str]) -> dict[str, str]:
             errors[name] = traceback.format_exc()
             print(errors[name], flush=True)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+    return errors
+
+
+def print_waits(stage) -> None:
+    """Print where the host waited in one step of each sampling run."""
+    from device import waits
+
     for name, places in stage.waits.items():
         print(f"{name}: {places.total()} waits in one step\n{waits.report(places)}")
-    return errors
 
 
 def parse() -> argparse.Namespace:
@@ -63,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("scenes", nargs="*", metavar="SCENE")
     parser.add_argument("--models", type=Path, help="a models folder with the tiny checkpoints; by default, make one")
     parser.add_argument("--result", type=Path, help="where to save what the scenes returned")
-    parser.add_argument("--waits", action="store_true", help="count waits of the host in one sampling step")
+    parser.add_argument("--waits", action="store_true", help="print where the host waits in one sampling step")
     arguments = parser.parse_args()
     sys.argv[1:] = []
     return arguments

@@ -47,7 +47,6 @@ class Stage:
         self.mode = mode
         self.values: dict[str, torch.Tensor] = {}
         self.waits: dict[str, Counter] = {}
-        self.counts_waits = False
         self._loaded: dict[str, tuple] = {}
 
     def folder(self, family: str) -> Path:
@@ -76,16 +75,14 @@ class Stage:
     def sample(self, name: str, model, texts, noise: torch.Tensor, sampler=None, steps: int = STEPS, **settings):
         """Latents of a run over the published schedule, with the published sampler unless told otherwise; remembered.
 
-        Where waits are counted, those of the run's last step are remembered under the same name.
+        The waits of the run's last step are remembered under the same name.
         """
         sampler = reference.reference_sampler() if sampler is None else sampler
         sigmas = schedules.reference_sigmas(model.model.scheduler_config, steps)
-        result = self.keep(name, sample(model, *texts, noise, sampler, sigmas, **settings))
-        if self.counts_waits:
-            self.waits[name] = waits.per_step(
-                lambda callback: sample(model, *texts, noise, sampler, sigmas, callback=callback, **settings)
-            )
-        return result
+        self.waits[name], result = waits.per_step(
+            lambda callback: sample(model, *texts, noise, sampler, sigmas, callback=callback, **settings)
+        )
+        return self.keep(name, result)
 
 
 def noise_of(*shape: int, seed: int = 0) -> torch.Tensor:

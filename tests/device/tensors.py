@@ -1,5 +1,6 @@
 """Tensors on the simulated card, and how PyTorch's operations act on them."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from . import memory, rules, waits
 
 CARD = torch.device("cuda", 0)
 HOST = torch.device("cpu")
-# Types that the card does not have; a test of cards without float64 adds it.
-refused_types: set[torch.dtype] = set()
+# Types that the card does not have: an NVIDIA card computes in float64, the devices of Apple and Intel do not.
+REFUSED_TYPES = (torch.float64, torch.complex128)
 
 
 class DeviceTensor(torch.Tensor):
@@ -23,7 +24,7 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "DeviceTensor":
-        if held.dtype in refused_types:
+        if held.dtype in REFUSED_TYPES:
             raise TypeError(f"Cannot make a tensor of {held.dtype}: this device does not have the type.")
         made = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -232,6 +233,8 @@ def _pin(operation, args: tuple, kwargs: dict) -> torch.Tensor:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     copy = args[0].clone()
     memory.pinned[copy.data_ptr()] = copy.nbytes
+    # PyTorch's own pinned memory goes with the tensor, unlike memory that ComfyUI registers.
+    weakref.finalize(copy.untyped_storage(), memory.pinned.pop, copy.data_ptr(), None)
     return copy
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import modes
+from . import modes, waits
 
 pytestmark = pytest.mark.device
 
@@ -68,7 +68,7 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     }
 
 
-@pytest.mark.parametrize(
+in_every_mode = pytest.mark.parametrize(
     "mode",
     [
         mode if mode in USUAL else pytest.param(mode, marks=pytest.mark.slow)
@@ -76,6 +76,9 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         if mode != modes.CPU
     ],
 )
+
+
+@in_every_mode
 def test_every_mode_returns_what_a_cpu_returns(mode, processes):
     expected, found = processes.result(modes.CPU), processes.result(mode)
     assert expected["errors"] == found["errors"] == {}
@@ -90,3 +93,10 @@ def test_every_mode_returns_what_a_cpu_returns(mode, processes):
     }
     assert off == {}
     assert found["left"] == [] and found["pinned"] == 0
+
+
+@in_every_mode
+def test_the_host_waits_in_no_sampling_step(mode, processes):
+    found = processes.result(mode)["waits"]
+    assert found
+    assert {name: waits.report(places) for name, places in found.items() if places} == {}

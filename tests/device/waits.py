@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = ("faces", "loaders", "models", "nodes", "patches", "samplers", "story")
 OURS = tuple(str(REPOSITORY / folder) for folder in PACK)
+Result = TypeVar("Result")
 
 # (kind of wait, place in the pack and, after "via", in the library it called) -> how often.
 _found: Counter[tuple[str, str]] = Counter()
@@ -50,18 +52,18 @@ def counted() -> Iterator[Counter]:
         result.update(_found - before)
 
 
-def per_step(run: Callable[[Callable], object]) -> Counter:
-    """Waits of the last step of a sampling run, when everything has been loaded.
+def per_step(run: Callable[[Callable], Result]) -> tuple[Counter, Result]:
+    """Waits of the last step of a sampling run, when everything has been loaded, and what the run returns.
 
     Args:
         run: samples at least two steps and calls its argument after each, as ComfyUI's samplers call `callback`.
     """
     marks = []
     with counted():
-        run(lambda *_: marks.append(Counter(_found)))
+        result = run(lambda *_: marks.append(Counter(_found)))
     if len(marks) < 2:
         raise ValueError(f"The run called back {len(marks)} times, expected at least two steps.")
-    return marks[-1] - marks[-2]
+    return marks[-1] - marks[-2], result
 
 
 def report(found: Counter) -> str:
