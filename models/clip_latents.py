@@ -38,3 +38,22 @@ def check_clip_count(pictures: int, clips: int) -> None:
             f"The prompt holds {pictures} pictures, but the latent to sample holds {clips} clips. Sample as many clips "
             f"as there are pictures, or a multiple of it: {REMEDY[0].lower()}{REMEDY[1:]}."
         )
+
+
+def check_picture_latent(what: str, picture: torch.Tensor, latents: torch.Tensor, node: str) -> None:
+    """Raise ValueError unless a picture's latent (N, C, ..., h, w) has the channels and the size of latents to sample.
+
+    Args:
+        what: the picture is, in the message.
+        node: that prepared it.
+    """
+    if picture.shape[1] != latents.shape[1]:
+        raise ValueError(
+            f"The {what} was encoded to {picture.shape[1]} channels, but the latent to sample has {latents.shape[1]}: "
+            f"another VAE made it. Connect the VAE of the checkpoint to {node}."
+        )
+    if picture.shape[-2:] != latents.shape[-2:]:
+        raise ValueError(
+            f"The {what} was prepared for latents of {tuple(picture.shape[-2:])} (height, width), but the latent to "
+            f"sample has {tuple(latents.shape[-2:])}. Sample the latent of {node}."
+        )

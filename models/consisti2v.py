@@ -6,7 +6,7 @@ import comfy.utils
 import torch
 
 from .base import FIRST_SIGMA
-from .clip_latents import check_clip_count
+from .clip_latents import check_clip_count, check_picture_latent
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
 from .parts import FrameNumbers, OneFrame, Whole
 from .served import Served
@@ -68,11 +68,7 @@ class ConsistI2VModel(UNet3DModel):
         if FIRST_FRAME not in kwargs:
             raise ValueError("ConsistI2V needs a first frame: connect both prompts through ConsistI2V Conditioning.")
         noise, first = kwargs["noise"], self.process_latent_in(kwargs[FIRST_FRAME])
-        if first.shape[-2:] != noise.shape[-2:]:
-            raise ValueError(
-                f"The first frame was prepared for latents of {tuple(first.shape[-2:])} (height, width), but the "
-                f"latent to sample has {tuple(noise.shape[-2:])}. Sample the latent of ConsistI2V Conditioning."
-            )
+        check_picture_latent("first frame", first, noise, "ConsistI2V Conditioning")
         if noise.shape[2] < 2:
             raise ValueError("ConsistI2V continues a first frame: sample a latent of 2 frames or more.")
         check_clip_count(first.shape[0], noise.shape[0])

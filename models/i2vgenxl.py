@@ -7,7 +7,7 @@ import comfy.conds
 import comfy.model_management
 import torch
 
-from .clip_latents import check_clip_count
+from .clip_latents import check_clip_count, check_picture_latent
 from .i2vgenxl_conditioning import FPS, IMAGE_EMBEDDING, IMAGE_LATENT
 from .parts import OfFrames, PictureAndPositions, Whole
 from .served import Served
@@ -87,11 +87,7 @@ class I2VGenXLModel(UNet3DModel):
             raise ValueError("I2VGen-XL needs a picture: connect both prompts through I2VGen-XL Conditioning.")
         noise, dtype = kwargs["noise"], self.get_dtype_inference()
         first = self.process_latent_in(kwargs[IMAGE_LATENT])
-        if first.shape[-2:] != noise.shape[-2:]:
-            raise ValueError(
-                f"The picture was prepared for latents of {tuple(first.shape[-2:])} (height, width), but the latent to "
-                f"sample has {tuple(noise.shape[-2:])}. Sample the latent that I2VGen-XL Conditioning returns."
-            )
+        check_picture_latent("picture", first, noise, "I2VGen-XL Conditioning")
         embedding = kwargs[IMAGE_EMBEDDING]
         width = self.diffusion_model.config.cross_attention_dim
         if embedding.shape[-1] != width:

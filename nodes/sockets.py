@@ -171,8 +171,8 @@ def _sigmas_flaw(value: torch.Tensor) -> str | None:
 SOCKETS = {
     "MODEL": Socket(_has("model", "clone", "model_options"), "a node that loads or patches models"),
     "CLIP": Socket(_has("tokenize", "encode_from_tokens_scheduled"), "a node that loads text encoders"),
-    "VAE": Socket(_has("decode", "encode"), "a node that loads VAEs"),
-    "CLIP_VISION": Socket(_has("encode_image"), "the loader of the checkpoint, or Load CLIP Vision"),
+    "VAE": Socket(_has("decode", "encode", "latent_channels", "spacial_compression_decode"), "a node that loads VAEs"),
+    "CLIP_VISION": Socket(_has("encode_image", "image_size"), "the loader of the checkpoint, or Load CLIP Vision"),
     "CONDITIONING": Socket(_is(list), "CLIP Text Encode", _conditioning_flaw),
     "LATENT": Socket(_is(dict), "a node that makes latents", _latent_flaw),
     "IMAGE": Socket(_is(torch.Tensor), "Load Image, or a node that makes pictures", picture_flaw),

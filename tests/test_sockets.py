@@ -49,8 +49,8 @@ def blank(kind):
 FITTING = {
     "MODEL": having("model", "clone", "model_options"),
     "CLIP": having("tokenize", "encode_from_tokens_scheduled"),
-    "VAE": having("decode", "encode"),
-    "CLIP_VISION": having("encode_image"),
+    "VAE": having("decode", "encode", "latent_channels", "spacial_compression_decode"),
+    "CLIP_VISION": having("encode_image", "image_size"),
     "CONDITIONING": [[torch.zeros(1, 77, 8), {}]],
     "LATENT": {"samples": torch.zeros(1, 4, 2, 8, 8)},
     "IMAGE": torch.zeros(1, 8, 8, 3),
@@ -273,3 +273,16 @@ def test_clips_that_can_be_sampled_are_not_refused():
         clip_latents.check_clip_count(pictures, clips)
     with pytest.raises(ValueError, match="2 pictures, but the latent to sample holds 3 clips"):
         clip_latents.check_clip_count(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 16, 8, 8), "16 channels, but the latent to sample has 4: another VAE"),
+        ((1, 4, 8, 9), "Sample the latent of"),
+    ],
+)
+def test_pictures_of_another_vae_or_size_are_refused(shape, words):
+    with pytest.raises(ValueError, match=words):
+        clip_latents.check_picture_latent("picture", torch.zeros(shape), torch.zeros(2, 4, 3, 8, 8), "Conditioning")
+    clip_latents.check_picture_latent("picture", torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 3, 8, 8), "Conditioning")
