@@ -12,6 +12,7 @@ import torch
 
 from .cogvideox_vae_chunks import ChunkedAutoencoder
 from .cogvideox_vae_memory import compression_of_space, compression_of_time, memory_functions
+from .pictures import pixels_to_encode
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -55,6 +56,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         Raises:
             ValueError: there is no frame.
         """
+        pixels = pixels_to_encode(pixels)
         frames = pixels.shape[-4]
         whole = self.upscale_ratio[0](self.downscale_ratio[0](frames))
         if not whole:

@@ -3,6 +3,8 @@
 import comfy.sd
 import torch
 
+from .pictures import pixels_to_encode
+
 
 class FrameVAE(comfy.sd.VAE):
     """`comfy.sd.VAE` over frames. Frames join the batch, which ComfyUI's own loop splits by free memory.
@@ -12,11 +14,21 @@ class FrameVAE(comfy.sd.VAE):
     """
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict = {}, **options) -> torch.Tensor:
-        """Decode latents to images."""
+        """Decode latents to images.
+
+        Raises:
+            ValueError: these are latents of something else.
+        """
+        self._check(samples_in)
         return _over_frames(lambda frames: super(FrameVAE, self).decode(frames, vae_options, **options), samples_in)
 
     def decode_tiled(self, samples: torch.Tensor, *spatial, **tiling) -> torch.Tensor:
-        """Decode latents tile by tile; frames need no temporal tiles."""
+        """Decode latents tile by tile; frames need no temporal tiles.
+
+        Raises:
+            ValueError: these are latents of something else.
+        """
+        self._check(samples)
         return _over_frames(
             lambda frames: super(FrameVAE, self).decode_tiled(frames, *spatial[:3], **_spatial(tiling)), samples
         )
@@ -49,6 +61,15 @@ class FrameVAE(comfy.sd.VAE):
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
         return mean + noise * (0.5 * log_variance.clamp(-30.0, 20.0)).exp()
 
+    def _check(self, latents: torch.Tensor) -> None:
+        """Raise ValueError unless these are latents of this VAE."""
+        shape = tuple(latents.shape)
+        if len(shape) not in (4, 5) or shape[1] != self.latent_channels or 0 in shape:
+            raise ValueError(
+                f"This VAE decodes latents of {self.latent_channels} channels, (batch, channels, height, width) or "
+                f"(batch, channels, frames, height, width), found {shape}. Connect the VAE that belongs to the latents."
+            )
+
 
 class _Moments:
     """The encoder half of an autoencoder, without choosing a latent: mean and log variance side by side."""
@@ -73,6 +94,7 @@ def _over_frames(decode, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _over_clips(encode, images: torch.Tensor) -> torch.Tensor:
+    images = pixels_to_encode(images)
     clips, frames = images.shape[:2] if images.ndim == 5 else (1, images.shape[0])
     latents = encode(images.flatten(0, 1) if images.ndim == 5 else images)
     return latents.unflatten(0, (clips, frames)).movedim(1, 2)

@@ -37,6 +37,21 @@ def check_pictures(images: torch.Tensor, minimum: int = MINIMUM_SIDE) -> None:
         raise ValueError(f"The picture is {width}x{height} pixels. Use one of at least {minimum}x{minimum}.")
 
 
+def pixels_to_encode(images: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, H, W, C) or clips (B, F, H, W, C) for a VAE: gray is repeated; of RGBA, ComfyUI drops alpha.
+
+    Raises:
+        ValueError: not a tensor of that kind.
+    """
+    if not isinstance(images, torch.Tensor) or images.ndim not in (4, 5) or images.shape[-1] not in CHANNELS:
+        found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(
+            f"The VAE encodes pictures (pictures, height, width, channels) of 1 to 4 channels, found {found}. Connect "
+            "a node that makes pictures."
+        )
+    return images if images.shape[-1] >= 3 else rgb(images)
+
+
 def rgb(images: torch.Tensor) -> torch.Tensor:
     """Pictures (..., C) as colours (..., 3) without alpha; gray is repeated."""
     return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)

@@ -286,3 +286,17 @@ def test_pictures_of_another_vae_or_size_are_refused(shape, words):
     with pytest.raises(ValueError, match=words):
         clip_latents.check_picture_latent("picture", torch.zeros(shape), torch.zeros(2, 4, 3, 8, 8), "Conditioning")
     clip_latents.check_picture_latent("picture", torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 3, 8, 8), "Conditioning")
+
+
+def test_vaes_take_gray_pictures_and_name_what_is_not_theirs(parts):
+    vae = parts[1]
+    gray = torch.rand(2, 64, 64, 1, generator=torch.Generator().manual_seed(0))
+    found, expected = (vae.encode(pictures) for pictures in (gray, gray.expand(-1, -1, -1, 3)))
+    assert (found - expected).abs().max() < 1e-4
+    for pixels, words in (({}, "found dict"), (torch.zeros(8, 8), r"found \(8, 8\)"), (torch.zeros(1, 8, 8, 5), "5")):
+        with pytest.raises(ValueError, match=f"The VAE encodes pictures.*{words}"):
+            vae.encode(pixels)
+    for shape in ((1, 16, 2, 8, 8), (1, 16, 8, 8), (4, 8, 8), (0, 4, 8, 8)):
+        for decode in (vae.decode, vae.decode_tiled):
+            with pytest.raises(ValueError, match="decodes latents of 4 channels.*VAE that belongs"):
+                decode(torch.zeros(shape))
