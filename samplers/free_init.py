@@ -14,7 +14,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
-from . import schedules
+from . import run_start, schedules
 from .filters import LowPass, mix_low_high
 from .noise import add_noise, noise_over_signal, require_frames
 from .step_noise import RowNoise, row_seeds
@@ -217,8 +217,10 @@ def _run(
     options: dict,
 ) -> torch.Tensor:
     """One run inside all that nodes put around a run, which is where they keep what they remember of it."""
-    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-    wrappers = comfy.patcher_extension.get_all_wrappers(kind, guider.model_options, is_model_options=True)
+    kept = guider.model_options["transformer_options"].get("wrappers", {})
+    kept = kept.get(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, {})
+    # This pack's own look at a run prepares the prompts and finishes the clip, once for all runs.
+    wrappers = [wrapper for key, found in kept.items() if key != run_start.KEY for wrapper in found]
 
     def sample(noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *_, **__):
         if wrappers:

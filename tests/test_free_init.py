@@ -336,3 +336,10 @@ def test_fresh_noise_is_shuffled_over_context_windows_as_the_first(loaded):
     for start in seen:
         for frame in range(4, 8):
             assert any(torch.equal(start[:, :, frame], start[:, :, earlier]) for earlier in range(frame))
+
+
+def test_the_prompts_are_looked_at_once_for_all_runs(loaded, caplog):
+    prompts = [[[text, {**extra, "guidance": 3.5}] for text, extra in conditioning(loaded[1], PROMPT)]] * 2
+    sample(loaded[0], *prompts, noise_of(*SHAPE), wrapped(iterations=2), reference_sigmas(loaded, 2), seed=SEED)
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "carries 'guidance'" in line]) == 1
