@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import comfy.model_patcher
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 
+from ..models.attention import attend
 from .attention_pass import KEY, Pass, Run
 from .bank_memory import BankMemory
 from .bank_origin import origin_of
@@ -123,7 +123,7 @@ class ConsistentAttention:
             def attention(queries, keys, values):
                 if previous is not None:
                     return previous(queries, keys, values, options)
-                return optimized_attention(
+                return attend(
                     queries,
                     keys,
                     values,
