@@ -14,6 +14,7 @@ from ..models.adopt import bring_small_tensors
 from ..models.base import VideoModelConfig
 from ..samplers import run_start, schedules
 from . import lora_files
+from .config_fields import SCHEDULER
 from .families import Family
 from .folders import check_family, read_config, read_config_or
 from .network import WEIGHT_DTYPES, build_on_meta, choose_dtypes, load_network
@@ -39,7 +40,9 @@ def load_folder_network(
     network = build_network(family, component)
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
     state = family.parts.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
-    scheduler = read_config_or(folder / "scheduler" / "scheduler_config.json", family.scheduler)
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_config_or(scheduler_file, family.scheduler)
+    SCHEDULER.check(scheduler, scheduler_file)
     patcher = assemble(
         family,
         network,

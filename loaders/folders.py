@@ -1,6 +1,8 @@
 """Checkpoints in ComfyUI's `diffusers` folders: listing, finding, reading their configuration."""
 
+import codecs
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -25,7 +27,10 @@ def read_config(path: Path) -> dict:
             "configuration file."
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        # editors of Windows put a byte order mark before UTF-8, or write UTF-16
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        config = json.loads(content.decode("utf-16" if wide else "utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(config, dict):
@@ -44,7 +49,7 @@ def checkpoint_folders() -> dict[str, Path]:
     for root in folder_paths.get_folder_paths("diffusers"):
         for directory, subdirectories, files in os.walk(root, followlinks=True):
             relative = os.path.relpath(directory, root)
-            subdirectories.sort()
+            subdirectories[:] = sorted(name for name in subdirectories if not _leads_back(directory, name))
             is_checkpoint = "model_index.json" in files or any(
                 name in subdirectories for name in ("unet", "transformer")
             )
@@ -53,6 +58,12 @@ def checkpoint_folders() -> dict[str, Path]:
             if is_checkpoint or relative.count(os.sep) + 1 >= MAX_DEPTH:
                 subdirectories.clear()
     return found
+
+
+def _leads_back(directory: str, name: str) -> bool:
+    """Whether a sub-folder is a link to the folder that it lies in, or to one above."""
+    target = os.path.realpath(os.path.join(directory, name))
+    return os.path.commonpath((target, os.path.realpath(directory))) == target
 
 
 def network_class(folder: Path) -> str | None:
@@ -116,9 +127,24 @@ def check_family(folder: Path, family: Family) -> None:
     """Raise ValueError unless the folder's network configuration names the family's network."""
     config = folder / family.component / "config.json"
     found = read_config(config).get("_class_name")
+    _compare_with_index(folder, family, found)
     if found != family.network_class:
         raise ValueError(
             f"{config} describes a {found or 'network without _class_name'}, but {family.title} needs "
             f"{family.network_class}. "
             f"Choose a folder of that family (published as {family.repository})."
+        )
+
+
+def _compare_with_index(folder: Path, family: Family, found: str | None) -> None:
+    """Log where model_index.json names another network than the network's own configuration, which decides."""
+    entry = read_config_or(folder / "model_index.json", {}).get(family.component)
+    named = entry[-1] if isinstance(entry, list) and entry else None
+    if named not in (None, found):
+        logging.info(
+            "%s: model_index.json names a %s for %s, whose own configuration says %s: that is what is loaded.",
+            folder,
+            named,
+            family.component,
+            found,
         )

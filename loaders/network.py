@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 
 from ..models.adopt import adopt
+from .config_fields import NETWORK_NEUTRAL, NETWORK_UNREAD, Fields
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -107,7 +108,8 @@ def build_on_meta(network_class: type, config: dict, source: str) -> torch.nn.Mo
     """Build a diffusers network without allocating weights.
 
     Args:
-        network_class: the class; configuration fields that it does not know are ignored with a log line.
+        network_class: the class; configuration fields that it does not know are named in a warning, unless they have a
+            value that changes nothing.
         config: content of config.json.
         source: what to call the configuration in an error.
 
@@ -116,9 +118,8 @@ def build_on_meta(network_class: type, config: dict, source: str) -> torch.nn.Mo
     """
     known = inspect.signature(network_class.__init__).parameters
     settings = {key: value for key, value in config.items() if key in known}
-    ignored = sorted(key for key in config.keys() - settings.keys() if not key.startswith("_"))
-    if ignored:
-        logging.info("%s: ignored configuration fields %s", source, ", ".join(ignored))
+    read = [key for key in settings if key not in NETWORK_UNREAD]
+    Fields(network_class.__name__, used=read, neutral=NETWORK_NEUTRAL).check(config, source)
     try:
         with torch.device("meta"):
             return network_class(**settings)

@@ -11,6 +11,7 @@ import folder_paths
 import torch
 from transformers import T5TokenizerFast
 
+from . import config_fields
 from .folders import read_config
 from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
@@ -91,6 +92,7 @@ def t5_config(config: dict, source: str) -> dict:
             f"{source} lacks {', '.join(missing)}. Expected the configuration of a T5 encoder; restore the published "
             "file."
         )
+    config_fields.T5.check(config, source)
     feed_forward = config.get("feed_forward_proj", "relu")
     found = {key: config.get(key, value) for key, value in FIXED.items()} | {"feed_forward_proj": feed_forward}
     foreign = {key: value for key, value in found.items() if FIXED.get(key, value) != value}

@@ -1,12 +1,15 @@
 """Image VAEs of diffusers folders."""
 
+import math
 from pathlib import Path
 
 import comfy.diffusers_convert
 import comfy.ldm.models.autoencoder
+import torch
 
 from ..models.frame_vae import FrameVAE
 from ..models.latent_format import FrameLatentFormat
+from .config_fields import IMAGE_VAE
 from .folders import read_config
 from .network import plain_network, require_fit
 from .weights import find_weights, read_weights
@@ -14,6 +17,8 @@ from .weights import find_weights, read_weights
 PUBLISHED_SCALING_FACTOR = 0.18215
 LEVELS = 4
 LATENT_CHANNELS = 4
+# Groups of the norms that ComfyUI builds.
+COMFYUI_GROUPS = 32
 
 
 def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
@@ -23,13 +28,20 @@ def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit the configuration.
     """
     config_file = folder / "vae" / "config.json"
-    settings = {"embed_dim": 4, "ddconfig": _autoencoder_settings(read_config(config_file), config_file)}
+    config = read_config(config_file)
+    IMAGE_VAE.check(config, config_file)
+    settings = {"embed_dim": 4, "ddconfig": _autoencoder_settings(config, config_file)}
     files = find_weights(folder / "vae", "diffusion_pytorch_model", prefer_half)
     state = comfy.diffusers_convert.convert_vae_state_dict(read_weights(files))
+    state |= _absent_layers(config)
     # Convolutions only: with dynamic VRAM, too, these layers have weights from the start.
     network = plain_network(lambda _: comfy.ldm.models.autoencoder.AutoencoderKL(**settings))
     require_fit(state, network, files, config_file)
-    return FrameVAE(sd=state, config={"params": settings})
+    vae = FrameVAE(sd=state, config={"params": settings})
+    for module in vae.first_stage_model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = config.get("norm_num_groups", COMFYUI_GROUPS)
+    return vae
 
 
 def load_vae_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):
@@ -41,6 +53,12 @@ def _autoencoder_settings(config: dict, path: Path) -> dict:
     """ComfyUI's settings of the autoencoder that a diffusers configuration describes."""
     channels = config.get("block_out_channels", (128, 256, 512, 512))
     latent_channels = config.get("latent_channels", 4)
+    groups = config.get("norm_num_groups", COMFYUI_GROUPS)
+    if any(width % COMFYUI_GROUPS or width % groups for width in channels):
+        raise ValueError(
+            f"{path} has block_out_channels {list(channels)} and norm_num_groups {groups}; expected multiples of "
+            f"{math.lcm(COMFYUI_GROUPS, groups)}. Use the VAE published with the checkpoint."
+        )
     if len(channels) != LEVELS or latent_channels != LATENT_CHANNELS or any(width % channels[0] for width in channels):
         raise ValueError(
             f"{path} describes an autoencoder with block_out_channels {list(channels)} and {latent_channels} latent "
@@ -60,6 +78,24 @@ def _autoencoder_settings(config: dict, path: Path) -> dict:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
+
+
+def _absent_layers(config: dict) -> dict[str, torch.Tensor]:
+    """Weights that change nothing, of layers that ComfyUI's autoencoder has and this configuration leaves out."""
+    latents, state = config.get("latent_channels", LATENT_CHANNELS), {}
+    for name, channels in (("quant_conv", 2 * latents), ("post_quant_conv", latents)):
+        if not config.get(f"use_{name}", True):
+            state[f"{name}.weight"] = torch.eye(channels)[:, :, None, None]
+            state[f"{name}.bias"] = torch.zeros(channels)
+    if not config.get("mid_block_add_attention", True):
+        width = config["block_out_channels"][-1]
+        for part in ("encoder", "decoder"):
+            attention = f"{part}.mid.attn_1"
+            state |= {f"{attention}.norm.weight": torch.ones(width), f"{attention}.norm.bias": torch.zeros(width)}
+            for name in ("q", "k", "v", "proj_out"):
+                state[f"{attention}.{name}.weight"] = torch.zeros(width, width, 1, 1)
+                state[f"{attention}.{name}.bias"] = torch.zeros(width)
+    return state
 
 
 def scaling_factor(folder: Path) -> float:

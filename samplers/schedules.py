@@ -1,9 +1,9 @@
 """Noise schedules of diffusers scheduler configurations (`scheduler_config.json`) as ComfyUI sigmas.
 
-Every function takes the configuration as a dictionary. Fields it does not know are ignored; a missing field takes the
-default of the configuration's `_class_name` (of DDIMScheduler when there is none). T is the number of training
-timesteps, a the cumulative product of 1 - beta, and sigma = sqrt((1 - a) / a) the noise level of the variance-exploding
-space that ComfyUI samples in.
+Every function takes the configuration as a dictionary. Fields it does not know are ignored here, and named when a
+checkpoint is loaded; a missing field takes the default of the configuration's `_class_name` (of DDIMScheduler when
+there is none). T is the number of training timesteps, a the cumulative product of 1 - beta, and sigma =
+sqrt((1 - a) / a) the noise level of the variance-exploding space that ComfyUI samples in.
 """
 
 import math
@@ -49,6 +49,8 @@ COGVIDEOX_DEFAULTS = {
     "snr_shift_scale": 3.0,
     "clip_sample": False,  # their own default is True, but they do not clip
 }
+# Classes whose steps clip x0 unless a configuration says otherwise.
+CLIPPING_CLASSES = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler", "TCDScheduler")
 CLASS_DEFAULTS = {
     "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "clip_sample": False},
     **dict.fromkeys(COGVIDEOX_CLASSES, COGVIDEOX_DEFAULTS),
@@ -69,7 +71,9 @@ RESPACED_SIGMAS = (
 
 def settings(config: dict) -> dict:
     """The configuration with every missing field filled in."""
-    return DEFAULTS | CLASS_DEFAULTS.get(config.get("_class_name"), {}) | config
+    name = config.get("_class_name", DEFAULTS["_class_name"])
+    others = {} if name in CLIPPING_CLASSES else {"clip_sample": False}
+    return DEFAULTS | CLASS_DEFAULTS.get(name, others) | config
 
 
 def alphas_cumprod(config: dict) -> torch.Tensor:
