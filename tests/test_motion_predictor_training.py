@@ -339,23 +339,23 @@ def test_trained_on_moving_discs_it_beats_linear_interpolation(tmp_path, i2vgenx
     folder = shutil.copytree(i2vgenxl_folder, tmp_path / "i2vgen-xl")
     moving_discs.sharpen_tower(folder)
     frames, side = moving_discs.FRAMES, moving_discs.SIDE
-    source = moving_discs.write_discs(tmp_path / "videos", range(1000, 1512))
+    source = moving_discs.write_discs(tmp_path / "videos", range(1000, 1256))
     settings = settings_of(
         tmp_path / "run",
         folder,
         data=data_settings(sources=[source], frames=frames, width=side, height=side, strides=(1, 1)),
         predictor={**PREDICTOR, "hidden_size": 128, "attention_head_dim": 32},
         held_out=[moving_discs.write_discs(tmp_path / "held_out", range(64))],
-        steps=300,
+        steps=150,
         batch_size=32,
         learning_rate=2e-3,
         schedule="cosine",
         warmup_steps=30,
-        validate_every=300,
+        validate_every=150,
     )
     task = MotionPredictorTask(settings)
     assert task.validate(task.network.state_dict(), tmp_path).numbers["ratio"] == 1
     run_of(task, open_dataset(settings.data, settings.seed), "motion_predictor").train()
     measured = metrics(settings)[-1]
-    assert measured["step"] == 300
+    assert measured["step"] == 150
     assert measured["validation/ratio"] <= 0.5
