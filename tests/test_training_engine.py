@@ -274,7 +274,7 @@ class KilledWhileSaving(ConsistI2VTask):
         if folder.name.startswith("step-00000004"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-settings = consisti2v_settings(Path(sys.argv[1]), Path(sys.argv[2]), save_every=2)
+settings = consisti2v_settings(Path(sys.argv[1]), Path(sys.argv[2]), save_every=2, steps=6)
 run_of(KilledWhileSaving(settings)).train()
 """
 
@@ -288,13 +288,13 @@ def test_kill_while_saving_leaves_the_last_checkpoint(tmp_path, pretrained):
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == ["step-00000002", "step-00000004.unfinished"]
-    settings = consisti2v_settings(folder, pretrained, save_every=2)
+    settings = consisti2v_settings(folder, pretrained, save_every=2, steps=6)
     run = run_of(ConsistI2VTask(settings))
     assert run.step == 2
     run.train()
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000006", "step-00000008", "step-00000010"]
-    untroubled = consisti2v_settings(tmp_path / "untroubled", pretrained, save_every=10)
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]
+    untroubled = consisti2v_settings(tmp_path / "untroubled", pretrained, save_every=6, steps=6)
     train(untroubled)
-    expected, found = weights(untroubled, 10), weights(settings, 10)
+    expected, found = weights(untroubled, 6), weights(settings, 6)
     assert all(torch.equal(expected[key], found[key]) for key in expected)
