@@ -18,7 +18,6 @@ from .consisti2v_attention import (
     TemporalTextAttention,
     TextAttention,
     beside_first_frame,
-    neighbours,
 )
 from .temporal import as_clip, as_frames
 from .transformer import ChunkedFeedForward
@@ -157,10 +156,16 @@ class TemporalTransformer(_Transformer):
         self.alpha = torch.nn.Parameter(torch.ones(1))
 
     def forward(
-        self, hidden: torch.Tensor, keys_values: torch.Tensor, transformer_options: dict | None = None
+        self,
+        hidden: torch.Tensor,
+        keys_values: torch.Tensor,
+        transformer_options: dict | None = None,
+        window: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer."""
-        window = neighbours(*hidden.shape[2:], hidden.device) if self.window else None
+        """Transform frames (B * F, C, h, w) with projected text `keys_values` (B, S, 2 * C) of this layer.
+
+        A layer that has a `window` needs that of its pixels, see `neighbours`.
+        """
         frames = self.norm(hidden).flatten(2).unflatten(0, (keys_values.shape[0], -1))
         tokens = self.proj_in(frames.permute(0, 3, 1, 2).contiguous())
         for block in self.transformer_blocks:

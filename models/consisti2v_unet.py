@@ -15,7 +15,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch.nn.functional import pad, silu
 
 from . import block_patches
-from .consisti2v_attention import TextAttention
+from .consisti2v_attention import TextAttention, neighbours
 from .consisti2v_layers import Block, Layer, LayerSettings, MiddleBlock
 from .layer_pass import (
     LayerPass,
@@ -248,13 +248,25 @@ class ConsistI2VUNet(torch.nn.Module):
 class _Pass(LayerPass):
     """One pass over the layers."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._windows: dict[torch.Size, torch.Tensor] = {}
+
+    def window(self, frames: torch.Tensor) -> torch.Tensor:
+        """The pixels around each pixel of frames (B * F, C, h, w), computed once for every size."""
+        size = frames.shape[2:]
+        if size not in self._windows:
+            self._windows[size] = neighbours(*size, frames.device)
+        return self._windows[size]
+
     def layer(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         hidden = layer.resnet(hidden, self.emb[: hidden.shape[0]])
         hidden = layer.temporal_resnet(hidden, hidden.shape[0] // self.num_frames)
         if layer.spatial is not None:
             hidden = layer.spatial(self.repeat(hidden), next(self.keys_values), self.options, self.context)
         if layer.temporal is not None:
-            hidden = layer.temporal(hidden, next(self.keys_values), self.options)
+            window = self.window(hidden) if layer.temporal.window else None
+            hidden = layer.temporal(hidden, next(self.keys_values), self.options, window)
         if layer.spatial is not None:
             self.attended()
         return hidden

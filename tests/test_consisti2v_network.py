@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from consistent_video.loaders.network import build_on_meta, compare, load_network
+from consistent_video.models import consisti2v_unet
 from consistent_video.models.consisti2v_attention import (
     FirstFrameAttention,
     RotaryEmbedding,
@@ -387,3 +388,15 @@ def test_rotary_frequencies_keep_their_precision(network, dtype):
     assert len(frequencies) == 6
     assert all(torch.equal(stored[key], network.state_dict()[key]) for key in frequencies)
     assert {value.dtype for key, value in stored.items() if value.ndim > 1} == {dtype}
+
+
+def test_windows_are_computed_once_for_every_size(network, monkeypatch):
+    sizes = []
+
+    def count(height, width, device):
+        sizes.append((height, width))
+        return neighbours(height, width, device)
+
+    monkeypatch.setattr(consisti2v_unet, "neighbours", count)
+    network(**clip(5, 8, 6))
+    assert len(sizes) == len(set(sizes)) > 1
