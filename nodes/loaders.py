@@ -6,7 +6,7 @@ from ..loaders import audit, folders, single_file
 from ..loaders.checkpoint import load_folder, load_folder_vision
 from ..loaders.families import CONSISTI2V, FAMILIES, I2VGENXL, MODELSCOPE
 from ..models.frame_vae import over_frames
-from ..patches import frames_in_batch
+from ..samplers import frames_in_batch
 from .loader_inputs import CATEGORY, checkpoint_input, weight_dtype_input
 from .reports import show_text
 from .sockets import checked
@@ -164,7 +164,7 @@ class DiffusionModelLoader(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, family: str, weight_dtype: str, latent_batch: str = "clips") -> io.NodeOutput:
         model = single_file.load_file(single_file.find_file(file), family, weight_dtype)
-        return io.NodeOutput(frames_in_batch.install(model) if latent_batch == "frames" else model)
+        return io.NodeOutput(frames_in_batch.mark(model) if latent_batch == "frames" else model)
 
 
 @checked

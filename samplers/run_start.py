@@ -5,6 +5,7 @@ levels before any weights are loaded, serves what has to be brought into the for
 fail or do nothing.
 """
 
+import functools
 from collections.abc import Callable
 
 import comfy.model_patcher
@@ -17,7 +18,7 @@ from ..models.base import VideoModel
 from ..models.clip_latents import check_clip_count, check_clip_latents
 from ..models.frame_control import FrameControl, check_control
 from ..models.served import SAID, Served, node_of, say
-from . import picture_guidance, self_attention_guidance
+from . import frames_in_batch, picture_guidance, self_attention_guidance
 from .clip_numbers import clip_numbers, rows_of_clips
 from .regions import place
 
@@ -71,6 +72,12 @@ def look(
     guider = executor.class_obj
     model, options = guider.model_patcher.model, guider.model_options
     if isinstance(model, VideoModel):
+        if frames_in_batch.are_frames(noise, options):
+            run = functools.partial(look, executor)
+            settings = (callback, disable_pbar, seed)
+            return frames_in_batch.sample_as_clip(
+                run, noise, latent_image, sampler, sigmas, denoise_mask, *settings, **kwargs
+            )
         told = options["transformer_options"]
         told[SAID] = set()
         check_clip_latents(noise, model.latent_format)

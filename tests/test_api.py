@@ -139,8 +139,15 @@ def test_nodes_of_dead_packs_are_replaced(server):
         "title": "ModelScopeT2VLoader"
     }  # as the editor exports it; ComfyUI's replacement reads it
     prompt["guider"]["inputs"]["model"] = prompt["sigmas"]["inputs"]["model"] = ["old", 0]
+    clip = frames_of(server, server.run(prompt))[0]
+    # Its graphs have the frames as the batch of an image latent.
+    prompt["latent"] = node("EmptyLatentImage", width=64, height=64, batch_size=5)
     result = server.run(prompt)
-    assert "old" in result.executing and len(result.files()) == 1
+    frames = frames_of(server, result)[0]
+    assert "sample" in result.executing and len(frames) == len(clip) == 5
+    prompt["guider"]["inputs"]["model"] = prompt["sigmas"]["inputs"]["model"] = ["loader", 0]
+    with pytest.raises(PromptError, match="5 clips of 1 frame each.*Empty Clip Latent"):
+        server.run(prompt)
 
 
 def test_one_frame_is_a_clip(server):
