@@ -128,8 +128,8 @@ class CharacterBank:
     def tokens(self, names: Collection[str], evaluation: Evaluation, layer: Layer) -> list[torch.Tensor]:
         """What the named characters left for an evaluation, one tensor (k, C) each.
 
-        A conditioning with more entries than the reference panels had reads the first one, and an evaluation that they
-        did not have the last before it.
+        A conditioning with more entries than the reference panels had reads the first one, an evaluation that they did
+        not have the last before it, and a step that they left out the nearest one.
 
         Raises:
             ValueError: the reference panels were drawn without this kind of conditioning.
@@ -143,6 +143,9 @@ class CharacterBank:
                 found = tokens.get(Slot(Evaluation(kind, wanted, step, earlier), layer))
                 if found is not None:
                     return found
+        others = [slot for slot in tokens if slot.layer == layer and slot.evaluation.kind == kind]
+        if others:  # a cache, such as EasyCache, left the step out when the references were drawn
+            return tokens[min(others, key=lambda slot: (abs(slot.evaluation.step - step), slot.evaluation))]
         branch = {0: "positive", 1: "negative"}.get(kind, f"number {kind}")
         raise ValueError(
             f"The character bank has nothing of {name} for the {branch} prompt at step {step + 1}. It was made without "

@@ -20,6 +20,7 @@ import pytest
 import tiny_photomaker
 import tiny_unets
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
 from dense_attention import DenseAttention
 from tiny_unets import SIGMAS, assert_same, different, guide, one_thread  # noqa: F401
 
@@ -296,6 +297,20 @@ def test_the_reference_sampler_draws_each_panel_by_its_number(tools):
     run.sampler = ReferenceSampler("ddim", 1.0)
     samples, bank = run.draw()
     assert torch.equal(run.draw(bank, [3])[0], samples[3:])
+
+
+def test_steps_that_a_cache_left_out_read_the_nearest_ones(tools):
+    """EasyCache leaves out other steps of the references than of the panels that read them."""
+    model = EasyCacheNode.execute(tools.model, 1.2, 0.0, 1.0, False).result[0]
+    sharing, sigmas = dataclasses.replace(SHARING, plain_early=0.0, plain_late=0.0), torch.linspace(14.6, 0.0, 9)
+    samples, bank = run_of(tools, ONE, sigmas=sigmas, sharing=sharing).draw()
+    tokens = bank.characters[MAIN_CHARACTER]
+    some = {slot: kept for slot, kept in tokens.items() if slot.evaluation.step in (1, 4, 7)}
+    assert len({slot.evaluation.step for slot in tokens}) == 7 and len(some) < len(tokens)
+    again = run_of(tools, ONE, sigmas=sigmas, sharing=sharing)
+    panel, _ = again.draw(CharacterBank(bank.origin, {MAIN_CHARACTER: some}), [2])
+    assert panel.isfinite().all() and different(panel, samples[2:3])
+    assert run_of(tools, ONE, sigmas=sigmas, sharing=sharing, model=model).draw()[0].isfinite().all()
 
 
 def test_the_sigmas_stay_as_they_are(tools):
