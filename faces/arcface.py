@@ -6,6 +6,7 @@ import numpy as np
 
 from .alignment import align_arcface
 from .detection import Face
+from .onnx_session import release
 from .pictures import resize_bilinear
 
 EMBEDDING_SIZE = 512
@@ -53,3 +54,7 @@ class ArcFace:
             crop = resize_bilinear(crop, self.side, self.side)
         blob = (crop.astype(np.float32) - 127.5) / 127.5
         return self._session.run(None, {self._input: blob.transpose(2, 0, 1)[None]})[0].reshape(-1)
+
+    def release(self) -> None:
+        """Let go of what the session holds on a GPU until it is used again."""
+        release(self._session)

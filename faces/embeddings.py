@@ -9,7 +9,7 @@ from .alignment import PORTRAIT_BORDER, PORTRAIT_SIDE, PORTRAIT_TEMPLATE, move_p
 from .detection import ADVICE, Face, NoFaceError, detect_with_retries, largest_first, overlap, require_face
 from .face_model import FaceModel
 from .parsing import FaceOnWhite, channels_first, face_on_white
-from .pictures import limit_long_side, to_image, to_picture
+from .pictures import limit_long_side, to_image, to_picture, to_results
 from .retinaface import robust_portrait
 
 # ConsisID's limit of a picture's longer side.
@@ -80,17 +80,20 @@ def encode_face(model: FaceModel, image: torch.Tensor, align: bool = True) -> Fa
         ValueError: not one picture of finite values.
     """
     picture = limit_long_side(to_picture(image), LONG_SIDE)
-    found = largest_first(model.detector.detect(picture, model.detector.sizes[0]))
-    portraits = largest_first(model.aligner.detect(picture)) if model.aligner else []
-    faces = found or portraits or largest_first(detect_with_retries(model.detector, picture))
-    face = require_face(faces, "the picture", picture)
-    portrait = _portrait(picture, face, portraits)
-    embedding = None
-    if model.recogniser is not None:
-        # What only the aligner found is recognised in its crop, as the reference does.
-        only_portrait = not found and bool(portraits)
-        values = model.recogniser.embed_crop(portrait.crop) if only_portrait else model.recogniser.embed(picture, face)
-        embedding = torch.from_numpy(values).float().unsqueeze(0)
+    with model.in_use():
+        found = largest_first(model.detector.detect(picture, model.detector.sizes[0]))
+        portraits = largest_first(model.aligner.detect(picture)) if model.aligner else []
+        faces = found or portraits or largest_first(detect_with_retries(model.detector, picture))
+        face = require_face(faces, "the picture", picture)
+        portrait = _portrait(picture, face, portraits)
+        embedding = None
+        if model.recogniser is not None:
+            # What only the aligner found is recognised in its crop, as the reference does.
+            only_portrait = not found and bool(portraits)
+            values = (
+                model.recogniser.embed_crop(portrait.crop) if only_portrait else model.recogniser.embed(picture, face)
+            )
+            embedding = to_results(torch.from_numpy(values).float()).unsqueeze(0)
     shown, seen = _shown_and_seen(model, picture, portrait, align)
     vision, hidden = None, []
     if model.vision is not None and seen is not None:
@@ -124,13 +127,14 @@ def photomaker_embeddings(
         raise ValueError(f"Unknown selection of faces {select!r}. Choose one of: {', '.join(SELECTIONS)}.")
     recogniser = model.require_recogniser()
     embeddings, kept = [], []
-    for index, image in enumerate(images):
-        picture = to_picture(image)
-        faces = detect_with_retries(model.detector, picture)
-        if faces:
-            face = largest_first(faces)[0] if select == "largest" else faces[0]
-            embeddings.append(torch.from_numpy(recogniser.embed(picture, face)).float())
-            kept.append(index)
+    with model.in_use():
+        for index, image in enumerate(images):
+            picture = to_picture(image)
+            faces = detect_with_retries(model.detector, picture)
+            if faces:
+                face = largest_first(faces)[0] if select == "largest" else faces[0]
+                embeddings.append(to_results(torch.from_numpy(recogniser.embed(picture, face)).float()))
+                kept.append(index)
     if not kept:
         raise NoFaceError(f"No face was found in any of the {len(images)} pictures. {ADVICE}")
     return torch.stack(embeddings), kept
@@ -160,7 +164,7 @@ def _shown_and_seen(
     if model.parser is None:
         return to_image(portrait.crop), None
     cut: FaceOnWhite = face_on_white(portrait.crop, model.parser.labels(portrait.crop))
-    return cut.color.movedim(1, -1), cut.grey
+    return to_results(cut.color.movedim(1, -1)), cut.grey
 
 
 def _middle_square(picture: np.ndarray) -> np.ndarray:

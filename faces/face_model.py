@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,17 @@ class FaceModel:
     parser: FaceParser | None = None
     vision: EvaVision | None = None
     missing: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def in_use(self) -> Iterator[FaceModel]:
+        """Use the networks inside; afterwards those that ComfyUI does not manage give their GPU memory back."""
+        try:
+            yield self
+        finally:
+            for network in (self.detector, self.recogniser):
+                release = getattr(network, "release", None)
+                if release is not None:
+                    release()
 
     def require_recogniser(self) -> ArcFace:
         """The recogniser.

@@ -38,8 +38,8 @@ def faces_for_photomaker(
             )
         return face_embeds.embedding, None
     found, kept = photomaker_embeddings(face_model, images)
-    embeddings = torch.zeros(len(images), found.shape[1])
-    embeddings[kept] = found.float()
+    embeddings = found.new_zeros(len(images), found.shape[1])
+    embeddings[kept] = found
     shown = torch.zeros(len(images), dtype=torch.bool)
     shown[kept] = True
     return embeddings, shown

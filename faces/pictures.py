@@ -3,6 +3,7 @@
 Pictures are uint8 arrays (H, W, 3), RGB, 0..255. Points lie at pixel centres: (0, 0) is the centre of the first pixel.
 """
 
+import comfy.model_management
 import numpy as np
 import torch
 
@@ -34,7 +35,12 @@ def to_picture(image: torch.Tensor) -> np.ndarray:
 
 def to_image(picture: np.ndarray) -> torch.Tensor:
     """An 8-bit picture as an IMAGE (1, H, W, 3), 0..1."""
-    return torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0)
+    return to_results(torch.from_numpy(np.array(picture)).float().div(255).unsqueeze(0))
+
+
+def to_results(values: torch.Tensor) -> torch.Tensor:
+    """Values on the device that ComfyUI keeps nodes' results on: the CPU, or with `--gpu-only` the GPU."""
+    return values.to(comfy.model_management.intermediate_device())
 
 
 def limit_long_side(picture: np.ndarray, side: int = 1024) -> np.ndarray:

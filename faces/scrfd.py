@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .detection import MAX_OVERLAP, MIN_SCORE, Face, suppress_overlaps
+from .onnx_session import release
 from .pictures import resize_bilinear
 
 STRIDES = (8, 16, 32)
@@ -56,6 +57,10 @@ class Scrfd:
         boxes, points, scores = boxes[order] / scale, points[order] / scale, scores[order]
         keep = suppress_overlaps(boxes, MAX_OVERLAP, pixel=1.0)
         return [Face(boxes[index], points[index], float(scores[index])) for index in keep]
+
+    def release(self) -> None:
+        """Let go of what the session holds on a GPU until it is used again."""
+        release(self._session)
 
 
 def _fit(picture: np.ndarray, size: int) -> tuple[np.ndarray, float]:

@@ -61,17 +61,18 @@ def compare_faces(model: FaceModel, reference: torch.Tensor, images: torch.Tenso
         NoFaceError: the reference shows no face.
     """
     recogniser = model.require_recogniser()
-    picture = to_picture(reference)
-    faces = largest_first(detect_with_retries(model.detector, picture))
-    wanted = recogniser.embed(picture, require_face(faces, "the reference picture", picture))
-    progress = comfy.utils.ProgressBar(len(images))
-    values, found = [], []
-    for image in images:
-        picture = to_picture(image)
-        faces = detect_with_retries(model.detector, picture)
-        values.append(max((cosine(wanted, recogniser.embed(picture, face)) for face in faces), default=0.0))
-        found.append(bool(faces))
-        progress.update(1)
+    with model.in_use():
+        picture = to_picture(reference)
+        faces = largest_first(detect_with_retries(model.detector, picture))
+        wanted = recogniser.embed(picture, require_face(faces, "the reference picture", picture))
+        progress = comfy.utils.ProgressBar(len(images))
+        values, found = [], []
+        for image in images:
+            picture = to_picture(image)
+            faces = detect_with_retries(model.detector, picture)
+            values.append(max((cosine(wanted, recogniser.embed(picture, face)) for face in faces), default=0.0))
+            found.append(bool(faces))
+            progress.update(1)
     known = [value for value, seen in zip(values, found) if seen]
     mean = sum(known) / len(known) if known else 0.0
     best = max((index for index, seen in enumerate(found) if seen), key=lambda index: values[index], default=0)

@@ -8,7 +8,7 @@ from ..models.cogvideox_vae import CogVideoXVAE
 from ..models.cogvideox_vae_chunks import ChunkedAutoencoder, replacements
 from ..models.consisid_latents import CogVideoXLatentFormat
 from .folders import read_config
-from .network import build_on_meta, load_network
+from .network import build_on_meta, load_network, static_patcher
 from .weights import find_weights, read_weights
 
 PUBLISHED_CLASS = "AutoencoderKLCogVideoX"
@@ -42,8 +42,9 @@ def load_cogvideox_vae(folder: Path, prefer_half: bool = False) -> CogVideoXVAE:
 
 
 def load_cogvideox_vae_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):
-    """Load the VAE again for ComfyUI's own use (other devices); returns its patcher."""
-    return load_cogvideox_vae(folder, prefer_half).patcher
+    """Load the VAE again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
+    patcher = load_cogvideox_vae(folder, prefer_half).patcher
+    return static_patcher(patcher) if disable_dynamic else patcher
 
 
 def latent_scales(folder: Path) -> tuple[float, float]:

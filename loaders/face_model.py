@@ -18,7 +18,7 @@ from ..faces.detection import Detector
 from ..faces.eva_vision import EvaVision
 from ..faces.face_model import FaceModel
 from ..faces.mediapipe import MediaPipeDetector
-from ..faces.onnx_session import open_session
+from ..faces.onnx_session import OnnxNetwork
 from ..faces.parsing import FaceParser
 from ..faces.retinaface import RetinaFace
 from ..faces.scrfd import Scrfd
@@ -135,7 +135,7 @@ def _load_pack(folder: Path, provider: str) -> tuple[Scrfd, ArcFace | None]:
     for file in _onnx_files(folder):
         if file.stem in UNUSED_NETWORKS:
             continue
-        session = open_session(file, provider)
+        session = OnnxNetwork(file, provider)
         outputs = session.get_outputs()
         if len(outputs) > 1:
             detector = detector or Scrfd(session, str(file))

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import comfy.cli_args
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import torch
 
@@ -154,6 +155,11 @@ def load_network(
         state[key] = state[key].to(torch.float32 if key.endswith(precise) else _storage_dtype(state[key], dtype))
     network.load_state_dict(state, assign=True)
     return adopt(network.requires_grad_(False).eval(), operations, replacements)
+
+
+def static_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A patcher of the same model that does not stream weights on demand, for ComfyUI's `disable_dynamic`."""
+    return comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device)
 
 
 def _storage_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -3,12 +3,14 @@
 import logging
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import comfy.sd1_clip
 import comfy.text_encoders.t5
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
 from transformers import T5TokenizerFast
 
 from . import config_fields
@@ -48,7 +50,7 @@ def load_t5_text_encoder(
     """Load `<folder>/text_encoder` and `<folder>/tokenizer`.
 
     Prompts are padded to `tokens` and cut there with a warning; the padding is attended to, as the published pipelines
-    of CogVideoX and ConsisID do. Weights keep the file's type; ComfyUI computes T5 in float32.
+    of CogVideoX and ConsisID do. ComfyUI computes T5 in float32, whatever the type of its weights.
 
     Args:
         folder: the checkpoint folder. Without a tokenizer, ComfyUI's own T5 vocabulary is used.
@@ -66,7 +68,7 @@ def load_t5_text_encoder(
     state = published_keys(read_weights(files))
     require_fit(state, t5_on_meta(config), files, config_file)
     clip = comfy.sd.CLIP(
-        _Target(_model_class(config, tokens, comfy.utils.weight_dtype(state)), tokenizer),
+        _Target(_model_class(config, tokens, storage_dtype(comfy.utils.weight_dtype(state))), tokenizer),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=comfy.utils.calculate_parameters(state),
         disable_dynamic=disable_dynamic,
@@ -116,6 +118,21 @@ def published_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if tied is not None:
         state.setdefault(EMBEDDINGS, tied)
     return state
+
+
+def storage_dtype(file_dtype: torch.dtype) -> torch.dtype:
+    """Type that weights of a file's type are kept in: what ComfyUI's command line names for text encoders.
+
+    Without an option, float32 becomes ComfyUI's float16. A type that is larger than the file's would only take memory,
+    since the computation is in float32 either way.
+    """
+    device = comfy.model_management.text_encoder_device()
+    wanted = comfy.model_management.text_encoder_dtype(device)
+    asked = args.fp16_text_enc or args.bf16_text_enc
+    larger = wanted.itemsize > file_dtype.itemsize or (wanted.itemsize == file_dtype.itemsize and not asked)
+    if larger or not comfy.model_management.supports_cast(device, wanted):
+        return file_dtype
+    return wanted
 
 
 def t5_on_meta(config: dict) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from ..models.frame_vae import FrameVAE
 from ..models.latent_format import FrameLatentFormat
 from .config_fields import IMAGE_VAE
 from .folders import read_config
-from .network import plain_network, require_fit
+from .network import plain_network, require_fit, static_patcher
 from .weights import find_weights, read_weights
 
 PUBLISHED_SCALING_FACTOR = 0.18215
@@ -45,8 +45,13 @@ def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:
 
 
 def load_vae_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):
-    """Load the VAE again for ComfyUI's own use (other devices); returns its patcher."""
-    return load_vae(folder, prefer_half).patcher
+    """Load the VAE again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
+    vae = load_vae(folder, prefer_half)
+    if not disable_dynamic:
+        return vae.patcher
+    # A streaming patcher casts weights of the file's type when it loads them.
+    vae.first_stage_model.to(vae.vae_dtype)
+    return static_patcher(vae.patcher)
 
 
 def _autoencoder_settings(config: dict, path: Path) -> dict:

@@ -8,7 +8,7 @@ import torch
 
 from .config_fields import ACTIVATIONS, CLIP_PICTURES, CLIP_VISION
 from .folders import read_config, read_config_or
-from .network import plain_network, require_fit
+from .network import plain_network, require_fit, static_patcher
 from .text_encoder import set_norm_eps
 from .weights import find_weights, read_weights, transformers_stem
 
@@ -66,5 +66,6 @@ def vision_tower_on_meta(config: dict) -> torch.nn.Module:
 
 
 def load_vision_patcher(folder: Path, prefer_half: bool = False, disable_dynamic: bool = False):
-    """Load the vision tower again for ComfyUI's own use (other devices); returns its patcher."""
-    return load_vision_tower(folder, prefer_half).patcher
+    """Load the vision tower again for ComfyUI's own use (other devices, other memory modes); returns its patcher."""
+    patcher = load_vision_tower(folder, prefer_half).patcher
+    return static_patcher(patcher) if disable_dynamic else patcher

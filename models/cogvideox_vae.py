@@ -118,6 +118,8 @@ class CogVideoXVAE(comfy.sd.VAE):
         """Encode images to a draw from the posterior, shaped as by `encode`, with noise drawn on the CPU."""
         moments_vae = copy.copy(self)
         moments_vae.first_stage_model = _Moments(self.first_stage_model)
+        # ComfyUI reads it when it has to encode in tiles, after it ran out of memory.
+        moments_vae.latent_channels = 2 * self.latent_channels
         mean, log_variance = moments_vae.encode(pixel_samples).chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)
         return mean + noise * (0.5 * log_variance.clamp(-30.0, 20.0)).exp()

@@ -5,7 +5,6 @@ stay one sequence (B, T + N, C), the T text tokens first, instead of being split
 """
 
 import comfy.model_management
-import comfy.ops
 import torch
 from comfy.ldm.flux.math import apply_rope1
 from diffusers.models.activations import GELU
@@ -18,6 +17,7 @@ from torch.nn.functional import gelu, linear
 from .adopt import is_bypassed
 from .attention import attend
 from .block_patches import BlockPatches, patched
+from .held_weights import held_weights
 
 # What ComfyUI's nodes may patch here, and where. The block halfway through is the middle one of UNets as well.
 PATCHES = ("attn1_output_patch",)
@@ -101,20 +101,13 @@ class ChunkedGELUFeedForward(FeedForward):
         bypassed = wide is None or is_bypassed(wide) or is_bypassed(narrow)
         if bypassed or type(self.net[0]) is not GELU or rows.shape[0] <= limit:
             return super().forward(hidden)
-        wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)
-        narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)
         out = torch.empty_like(rows)
-        for chunk, target in zip(rows.split(limit), out.split(limit)):
-            # one expression: nothing of a chunk is alive when the next begins
-            target.copy_(
-                linear(
-                    gelu(linear(chunk, wide_weight, wide_bias), approximate=self.net[0].approximate),
-                    narrow_weight,
-                    narrow_bias,
+        with held_weights((wide, narrow), hidden) as (wide_parts, narrow_parts):
+            for chunk, target in zip(rows.split(limit), out.split(limit)):
+                # one expression: nothing of a chunk is alive when the next begins
+                target.copy_(
+                    linear(gelu(linear(chunk, *wide_parts), approximate=self.net[0].approximate), *narrow_parts)
                 )
-            )
-        comfy.ops.uncast_bias_weight(wide, wide_weight, wide_bias, wide_stream)
-        comfy.ops.uncast_bias_weight(narrow, narrow_weight, narrow_bias, narrow_stream)
         return out.view_as(hidden)
 
 

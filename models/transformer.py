@@ -16,6 +16,7 @@ from torch.nn.functional import gelu, linear
 from .adopt import is_bypassed
 from .attention import attend
 from .block_patches import patched, run_patched
+from .held_weights import held_weights
 
 # Rows per feed-forward chunk. On a CPU the 8x wider hidden layer of 512 rows stays near the caches; on other devices
 # chunks only bound memory.
@@ -66,13 +67,10 @@ class ChunkedFeedForward(FeedForward):
         trained = torch.is_grad_enabled() or not isinstance(wide, comfy.ops.CastWeightBiasOp)
         if bypassed or trained or (rows.shape[0] <= limit and not on_cpu):
             return super().forward(hidden)
-        wide_weight, wide_bias, wide_stream = comfy.ops.cast_bias_weight(wide, hidden, offloadable=True)
-        narrow_weight, narrow_bias, narrow_stream = comfy.ops.cast_bias_weight(narrow, hidden, offloadable=True)
         out = torch.empty_like(rows)
-        for chunk, target in zip(rows.split(limit), out.split(limit)):
-            target.copy_(geglu(chunk, wide_weight, wide_bias, narrow_weight, narrow_bias))
-        comfy.ops.uncast_bias_weight(wide, wide_weight, wide_bias, wide_stream)
-        comfy.ops.uncast_bias_weight(narrow, narrow_weight, narrow_bias, narrow_stream)
+        with held_weights((wide, narrow), hidden) as (wide_parts, narrow_parts):
+            for chunk, target in zip(rows.split(limit), out.split(limit)):
+                target.copy_(geglu(chunk, *wide_parts, *narrow_parts))
         return out.view_as(hidden)
 
 

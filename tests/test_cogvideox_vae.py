@@ -429,3 +429,21 @@ def test_half_files_load(copy, vae):
     rewrite(copy, lambda state: state.update({key: value.bfloat16() for key, value in state.items()}))
     latents = noise_of(1, 16, 3, 4, 4)
     assert (load_cogvideox_vae(copy).decode(latents) - vae.decode(latents)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("draw", [False, True])
+def test_out_of_memory_encodes_in_tiles(vae, monkeypatch, draw):
+    clip = torch.rand(1, 64, 320, 3, generator=torch.Generator().manual_seed(1))
+    encode = (lambda: vae.encode_sample(clip, 3)) if draw else (lambda: vae.encode(clip))
+    expected, moments, calls = encode(), vae.first_stage_model.moments, []
+
+    def fails_once(images):
+        calls.append(images.shape[-1])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("simulated")
+        return moments(images)
+
+    monkeypatch.setattr(vae.first_stage_model, "moments", fails_once)
+    found = encode()
+    assert len(calls) > 2 and max(calls[1:]) < 320
+    assert found.shape == expected.shape and (found - expected).abs().mean() < 0.2 * expected.abs().mean()

@@ -120,12 +120,12 @@ def _properties() -> SimpleNamespace:
 
 
 def _register(address: int, size: int, flags: int) -> int:
-    memory.pinned[address] = size
+    memory.registered[address] = size
     return 0
 
 
 def _unregister(address: int) -> int:
-    return 0 if memory.pinned.pop(address, None) is not None else 1
+    return 0 if memory.registered.pop(address, None) is not None else 1
 
 
 def _build_on_host_first() -> None:

@@ -5,8 +5,10 @@ import weakref
 
 import torch
 
-# Addresses of host memory registered with CUDA -> bytes.
-pinned: dict[int, int] = {}
+# Addresses of host memory that was registered with CUDA and not taken back -> bytes.
+registered: dict[int, int] = {}
+# Addresses of host tensors that were made pinned.
+_pinned: set[int] = set()
 
 
 class Lease:
@@ -19,6 +21,18 @@ class Lease:
 
 
 _alive: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+def pin(tensor: torch.Tensor) -> None:
+    """Remember a tensor of the host as pinned until it is freed."""
+    address = tensor.data_ptr()
+    _pinned.add(address)
+    weakref.finalize(tensor.untyped_storage(), _pinned.discard, address)
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    """Whether copies between this tensor of the host and the card need no wait."""
+    return tensor.data_ptr() in registered or tensor.data_ptr() in _pinned
 
 
 def in_use() -> int:

@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS / "device"]
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
-SCENE_MODULES = ("scenes_video",)
+SCENE_MODULES = ("scenes_video", "scenes_faces", "scenes_story", "scenes_patches", "scenes_failures")
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
 
     for name in SCENE_MODULES:
         importlib.import_module(f"device.{name}")
+    bound_chunks(modes.MODES[arguments.mode].chunk_rows)
     stage = scenes.Stage(models_folder(arguments.models), modes.MODES[arguments.mode])
     with torch.inference_mode():
         errors = run_scenes(stage, arguments.scenes or list(scenes.SCENES))
@@ -38,6 +39,14 @@ def main() -> None:
     if arguments.result:
         torch.save({**found, "left": left_on_the_card(stage), "pinned": pinned()}, arguments.result)
     sys.exit(bool(errors))
+
+
+def bound_chunks(rows: int | None) -> None:
+    """Let feed-forwards work on this many rows at a time; tiny networks have too few for the published number."""
+    from consistent_video.models import consisid_blocks, transformer
+
+    if rows is not None:
+        transformer.DEVICE_ROWS = consisid_blocks.DEVICE_ROWS = rows
 
 
 def run_scenes(stage, names: list[str]) -> dict[str, str]:
@@ -105,7 +114,7 @@ def pinned() -> int:
     """How many layers are still kept on the card, and pieces of host memory registered with it."""
     from device import dynamic_vram, memory
 
-    return len(dynamic_vram.pins) + len(memory.pinned)
+    return len(dynamic_vram.pins) + len(memory.registered)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Tensors on the simulated card, and how PyTorch's operations act on them."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -212,7 +211,7 @@ def _copy(operation, args: tuple, kwargs: dict) -> torch.Tensor:
     on_host(target).copy_(on_host(source))
     to_card = isinstance(target, DeviceTensor)
     if to_card != isinstance(source, DeviceTensor):
-        _transfer(target, to_card, bool(given.get("non_blocking")), pinned=target.data_ptr() in memory.pinned)
+        _transfer(target, to_card, bool(given.get("non_blocking")), pinned=memory.is_pinned(target))
     return target
 
 
@@ -232,9 +231,7 @@ def _pin(operation, args: tuple, kwargs: dict) -> torch.Tensor:
     if isinstance(args[0], DeviceTensor):
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
     copy = args[0].clone()
-    memory.pinned[copy.data_ptr()] = copy.nbytes
-    # PyTorch's own pinned memory goes with the tensor, unlike memory that ComfyUI registers.
-    weakref.finalize(copy.untyped_storage(), memory.pinned.pop, copy.data_ptr(), None)
+    memory.pin(copy)
     return copy
 
 
@@ -250,7 +247,7 @@ SPECIAL: dict[str, Callable] = {
     "aten::copy_": _copy,
     "aten::pin_memory": _pin,
     "aten::_pin_memory": _pin,
-    "aten::is_pinned": lambda operation, args, kwargs: on_host(args[0]).data_ptr() in memory.pinned,
+    "aten::is_pinned": lambda operation, args, kwargs: memory.is_pinned(args[0]),
     "aten::record_stream": lambda operation, args, kwargs: None,
     "aten::_has_compatible_shallow_copy_type": _assignable,
     "prim::device": lambda operation, args, kwargs: CARD if isinstance(args[0], DeviceTensor) else HOST,
