@@ -158,8 +158,12 @@ class VideoModel(comfy.model_base.BaseModel):
         return ALLOWANCE * elements * comfy.model_management.dtype_size(self.get_dtype_inference())
 
     def call_elements(self, input_shape: Sequence[int]) -> float:
-        """Elements of activations at the peak of a call for latents of `input_shape`."""
-        raise NotImplementedError
+        """Elements of activations at the peak of a call for latents of `input_shape`.
+
+        ComfyUI's guess for a network that has not been measured.
+        """
+        guess = super().memory_required(list(input_shape))
+        return guess / comfy.model_management.dtype_size(self.get_dtype_inference())
 
     def kept_elements(self, input_shape: Sequence[int]) -> dict[str, float]:
         """Elements that a run keeps for each clip, by the name of the conditioning, at its published size."""

@@ -137,10 +137,13 @@ class _CountedGuider:
     """A guider as a sampler sees it, which counts the sampler's calls."""
 
     def __init__(self, guider: comfy.samplers.CFGGuider, levels: RunLevels):
-        self._guider, self._levels = guider, levels
+        vars(self).update(_guider=guider, _levels=levels)
 
     def __getattr__(self, name: str):
         return getattr(self._guider, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._guider, name, value)
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
         self._levels.position += 1

@@ -93,6 +93,25 @@ def test_a_node_that_evaluates_twice_does_not_shift_the_count():
     assert all(asked.known) and len(asked.known) == 2 * STEPS
 
 
+def test_what_is_set_on_the_guider_during_a_run_is_the_guiders():
+    seen = []
+
+    def change(executor, guider, *args, **kwargs):
+        guider.cfg = 2.0
+        return executor(guider, *args, **kwargs)
+
+    def look(executor, *args, **kwargs):
+        seen.append(executor.class_obj.cfg)
+        return executor(*args, **kwargs)
+
+    model = build(CONSISID)
+    run_levels.follow_levels(model)
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "change", change)
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "look", look)
+    run(model, native("euler"))
+    assert seen == [2.0] * STEPS
+
+
 def test_two_patches_follow_one_count():
     model = build(CONSISID)
     run_levels.follow_levels(model)
