@@ -99,8 +99,13 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
 
     @property
     def noise_channels(self) -> int:
-        """Channels of the noisy clip; the others of `in_channels` are the picture's."""
+        """Channels of the noisy clip; the others of the configuration's `in_channels` are the picture's."""
         return self.config.out_channels
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the latents, where ComfyUI's nodes look for them."""
+        return self.noise_channels
 
     def condition(
         self,

@@ -147,7 +147,7 @@ def _check_widths(network, title: str, skips: list[int], context: int, own_text:
     widths = [convolution[0].out_channels for convolution in network.zero_convs]
     if widths != skips:
         raise ValueError(
-            f"This ControlNet has features of {_short(widths)} channels, but {title} has {_short(skips)}. Use one of "
+            f"This ControlNet has {_short(widths)}, but {title} has {_short(skips)}. Use one of "
             "Stable Diffusion 2.1, whose layers it shares, or remove it."
         )
     reads = next(
@@ -165,4 +165,4 @@ def _check_widths(network, title: str, skips: list[int], context: int, own_text:
 
 
 def _short(widths: list[int]) -> str:
-    return "/".join(str(width) for width in dict.fromkeys(widths)) + f" in {len(widths)} blocks"
+    return f"{len(widths)} blocks of {', '.join(str(width) for width in dict.fromkeys(widths))} channels"

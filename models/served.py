@@ -13,6 +13,9 @@ from . import block_patches, layer_pass
 # Where a run keeps the sentences that it has logged, in ComfyUI's transformer options.
 SAID = "consistent_video_said"
 
+# Functions of ComfyUI that make patches for a node -> the node.
+NODES = {"load_hypernetwork_patch": "HypernetworkLoader"}
+
 UNET_PATCHES = (*layer_pass.PATCHES, *block_patches.PATCHES)
 
 
@@ -61,7 +64,8 @@ class Served:
 
 def node_of(function: object) -> str:
     """The name of the node, function or class that made something which is called during sampling."""
-    return getattr(function, "__qualname__", type(function).__qualname__).split(".")[0]
+    name = getattr(function, "__qualname__", type(function).__qualname__).split(".")[0]
+    return NODES.get(name, name)
 
 
 def say(transformer_options: dict, sentence: str) -> None:
