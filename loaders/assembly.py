@@ -40,9 +40,7 @@ def load_folder_network(
     network = build_network(family, component)
     half = WEIGHT_DTYPES[weight_dtype] in HALF_TYPES
     state = family.parts.prepare(read_weights(find_weights(component, "diffusion_pytorch_model", half)))
-    scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_config_or(scheduler_file, family.scheduler)
-    SCHEDULER.check(scheduler, scheduler_file)
+    scheduler = read_scheduler(family, folder)
     patcher = assemble(
         family,
         network,
@@ -55,6 +53,18 @@ def load_folder_network(
     )
     patcher.cached_patcher_init = (load_folder_network, (family, folder, weight_dtype))
     return patcher
+
+
+def read_scheduler(family: Family, folder: Path) -> dict:
+    """The scheduler configuration of a folder, or the published one.
+
+    Raises:
+        ValueError: the configuration is damaged.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_config_or(path, family.scheduler)
+    SCHEDULER.check(config, path)
+    return config
 
 
 def build_network(family: Family, component: Path) -> torch.nn.Module:

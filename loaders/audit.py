@@ -1,17 +1,19 @@
 """A report on a checkpoint: what it is, what is wrong with it, what it takes to load it."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 from . import fingerprint, folders, single_file
-from .assembly import build_network
+from .assembly import build_network, read_scheduler
 from .checkpoint import load_folder_clip, load_folder_vae
 from .families import FAMILIES, Family
 from .network import build_on_meta, compare
+from .state_dicts import unwrap
 from .vision import load_vision_tower
-from .weights import find_weights, read_weights
+from .weights import find_weights, read_file, read_weights
 
 FILE_PREFIX = "diffusion_models/"
 COMPONENTS = {
@@ -50,11 +52,31 @@ def report(name: str) -> str:
     """
     source = find_source(name)
     lines = [f"Checkpoint: {source}"]
-    try:
-        lines += _report_folder(source) if source.is_dir() else _report_file(source)
-    except (FileNotFoundError, ValueError) as error:
-        lines.append(f"Cannot be loaded: {error}")
-    return "\n".join(lines)
+    with _Remarks() as remarks:
+        try:
+            lines += _report_folder(source) if source.is_dir() else _report_file(source)
+        except (FileNotFoundError, ValueError) as error:
+            lines.append(f"Cannot be loaded: {error}")
+    return "\n".join(lines + [f"Note: {remark}" for remark in dict.fromkeys(remarks.lines)])
+
+
+class _Remarks(logging.Handler):
+    """What the loaders say in the log while they read a checkpoint, so that a report says the same."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Path(record.pathname).parent == Path(__file__).parent:
+            self.lines.append(record.getMessage())
+
+    def __enter__(self) -> "_Remarks":
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        logging.getLogger().removeHandler(self)
 
 
 def _report_folder(folder: Path) -> list[str]:
@@ -64,7 +86,9 @@ def _report_folder(folder: Path) -> list[str]:
         description = found or "no readable unet or transformer configuration"
         return [f"Family: none of this pack's ({description})", "To load it: use the node made for this model."]
     files = find_weights(folder / family.component, "diffusion_pytorch_model")
+    folders.check_family(folder, family)
     network = build_network(family, folder / family.component)
+    read_scheduler(family, folder)
     lines = [f"Family: {family.title}", f"Network files: {', '.join(file.name for file in files)}"]
     lines += _report_state(family.parts.prepare(read_weights(files)), network, family.loader)
     return lines + [_report_component(family, folder, name) for name in COMPONENTS if (folder / name).exists()]
@@ -79,7 +103,7 @@ def _report_component(family: Family, folder: Path, name: str) -> str:
 
 
 def _report_file(path: Path) -> list[str]:
-    state = single_file.network_keys(read_weights([path]), str(path))
+    state = single_file.network_keys(unwrap(path, read_file(path)), str(path))
     if single_file.detect_family(state) is None:
         keys = ", ".join(sorted(state)[:3])
         return [

@@ -8,6 +8,8 @@ ConsistI2V's `alpha` and rotary `freqs`, and ConsisID's `latents`, `proj_out` an
 import logging
 from functools import partial
 
+import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
@@ -27,7 +29,18 @@ def install(patcher: comfy.model_patcher.ModelPatcher, title: str) -> None:
 
 def _on_load(title: str, patcher: comfy.model_patcher.ModelPatcher, device: torch.device, *_) -> None:
     check_merges(patcher, title)
-    patch_again(patcher, [key for key in patcher.patches if not _is_of_layer(patcher.model, key)], device)
+    patch_bare_parameters(patcher, device)
+
+
+def patch_bare_parameters(patcher: comfy.model_patcher.ModelPatcher, device: torch.device) -> None:
+    """Patch the parameters that ComfyUI leaves out, in float32: they are few, and angles lose much in 16 bits."""
+    keys = [key for key in patcher.patches if not _is_of_layer(patcher.model, key)]
+    patch_again(patcher, keys, device)
+    for key in keys:
+        original = patcher.backup[key].weight
+        precise = comfy.model_management.cast_to_device(original, device, torch.float32, copy=True)
+        patched = comfy.lora.calculate_weight(patcher.patches[key], precise, key)
+        comfy.utils.set_attr_param(patcher.model, key, patched.to(original.dtype))
 
 
 def patch_again(patcher: comfy.model_patcher.ModelPatcher, keys: list[str], device: torch.device) -> None:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import tiny_checkpoints
-from consistent_video.loaders import checkpoint, folders, text_encoder, vae, vision
+from consistent_video.loaders import audit, checkpoint, folders, text_encoder, vae, vision
 from consistent_video.loaders.config_fields import SCHEDULER, Fields
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MODELSCOPE
 from consistent_video.samplers import schedules
@@ -280,3 +280,15 @@ def test_values_that_switch_nothing_on_are_no_news(caplog):
     ]
     with pytest.raises(ValueError, match="here has b 3, which a thing cannot do here; expected 1 or 2."):
         fields.check({"b": 3}, "here")
+
+
+def test_audit_says_what_the_loaders_say(copy):
+    for file, fields in CHANGES.items():
+        change(copy / file, **fields)
+    (copy / "tokenizer" / "vocab.json").unlink()
+    report = audit.report(copy.name)
+    for said in ("unheard_of 3.", "shift_factor 0.1.", "rope_scaling", "bos_token '<s>'", "sigma_max 700.0"):
+        assert any(line.startswith("Note: ") and said in line for line in report.splitlines()), report
+    assert "read with ComfyUI's own CLIP vocabulary" in report
+    assert "To load it: use Load ModelScope." in report
+    assert "Note:" not in audit.report(tiny_checkpoints.MODELSCOPE_NAME)
