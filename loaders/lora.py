@@ -174,11 +174,11 @@ class DiffusersLoRAAdapter(LoRAAdapter):
         weight += function((strength * change).type(weight.dtype))
         return weight
 
-    def h(self, x: torch.Tensor, base_out: torch.Tensor) -> torch.Tensor:
+    def h(self, x: torch.Tensor, base_out: torch.Tensor, **options) -> torch.Tensor:
         """As of ComfyUI's LoRA, for layers whose weights stay as they are (bypass)."""
         shape = getattr(self, "shape", None)
         if not getattr(self, "is_conv", False) or not self.spans_kernel(shape):
-            return super().h(x, base_out)
+            return super().h(x, base_out, **options)
         change = self.kernel_change(shape, x.device, x.dtype) * getattr(self, "multiplier", 1.0)
         return CONVOLUTIONS[len(shape) - 2](x, change, **getattr(self, "kw_dict", {}))
 

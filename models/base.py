@@ -179,7 +179,9 @@ class VideoModel(comfy.model_base.BaseModel):
         self.served.check_patches(transformer_options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
-    def resize_cond_for_context_window(self, cond_key, cond_value, window, x_in, device, retain_index_list=[]):
+    def resize_cond_for_context_window(
+        self, cond_key, cond_value, window, x_in, device, retain_index_list=[], **options
+    ):
         """The part of a condition for a context window; None lets ComfyUI cut along the batch."""
         if window.dim == 0:
             return None

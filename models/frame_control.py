@@ -32,10 +32,10 @@ class FrameControl(comfy.controlnet.ControlBase):
         """The ControlNets, the last one first."""
         return chain(self.control)
 
-    def pre_run(self, model, percent_to_timestep_function) -> None:
+    def pre_run(self, model, percent_to_timestep_function, **options) -> None:
         sampling = _PictureSampling().to(model.model_sampling.sigmas.device)
         known = SimpleNamespace(model_sampling=sampling, diffusion_model=model.diffusion_model)
-        self.control.pre_run(known, percent_to_timestep_function)
+        self.control.pre_run(known, percent_to_timestep_function, **options)
 
     def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
         """What ComfyUI's `get_control` returns, for the frames (B * F, C, h, w) of clips x_noisy (B, C, F, h, w)."""
@@ -51,21 +51,21 @@ class FrameControl(comfy.controlnet.ControlBase):
                 transformer_options,
             )
 
-    def inference_memory_requirements(self, dtype):
-        return self.control.inference_memory_requirements(dtype)
+    def inference_memory_requirements(self, dtype, **options):
+        return self.control.inference_memory_requirements(dtype, **options)
 
-    def get_models(self) -> list:
-        return super().get_models() + self.control.get_models()
+    def get_models(self, **options) -> list:
+        return super().get_models(**options) + self.control.get_models(**options)
 
-    def get_extra_hooks(self) -> list:
-        return self.control.get_extra_hooks()
+    def get_extra_hooks(self, **options) -> list:
+        return self.control.get_extra_hooks(**options)
 
-    def cleanup(self) -> None:
-        super().cleanup()
-        self.control.cleanup()
+    def cleanup(self, **options) -> None:
+        super().cleanup(**options)
+        self.control.cleanup(**options)
 
-    def deepclone_multigpu(self, load_device, autoregister: bool = False) -> "FrameControl":
-        copies = [control.deepclone_multigpu(load_device) for control in self.chain()]
+    def deepclone_multigpu(self, load_device, autoregister: bool = False, **options) -> "FrameControl":
+        copies = [control.deepclone_multigpu(load_device, **options) for control in self.chain()]
         for copy, previous in zip(copies, [*copies[1:], None]):
             copy.set_previous_controlnet(previous)
         clone = FrameControl(copies[0])

@@ -136,7 +136,7 @@ class Tokens(comfy.conds.CONDRegular):
         super().__init__(cond)
         self.axis, self.before, self.grid, self.side = axis, before, grid, side
 
-    def _copy_with(self, cond):
+    def _copy_with(self, cond, **options):
         return type(self)(cond, self.axis, self.before, self.grid, self.side)
 
     def process_cond(self, batch_size, area=None, **kwargs):
@@ -180,11 +180,11 @@ class Angles(Tokens):
         cut.part = (area[0], height, width, top, left)
         return cut
 
-    def can_concat(self, other) -> bool:
+    def can_concat(self, other, **options) -> bool:
         return self.part == other.part and self.cond[0].shape == other.cond[0].shape
 
-    def concat(self, others):
+    def concat(self, others, **options):
         return self.cond
 
-    def size(self) -> list[int]:
+    def size(self, **options) -> list[int]:
         return [1]

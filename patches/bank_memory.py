@@ -30,7 +30,7 @@ SPARE = 0.2
 class _Announced(comfy.conds.CONDConstant):
     """Conditioning that is nothing but its size."""
 
-    def size(self) -> list:
+    def size(self, **options) -> list:
         return self.cond
 
 

@@ -86,7 +86,7 @@ def test_a_whole_pack_loads_without_a_word(load):
         ("models/motion_predictor.py", "nodes of nodes/transitions.py", ["transitions"]),
         ("patches/consistent_attention.py", "nodes of nodes/patches.py", ["patches", "story"]),
         ("patches/context_windows.py", "nodes of nodes/patches.py", ["patches"]),
-        ("samplers/reference.py", "nodes of nodes/sampling.py", ["sampling"]),
+        ("samplers/guidance.py", "nodes of nodes/sampling.py", ["sampling"]),
         ("loaders/lora.py", "LoRA files of diffusers' trainers", []),
         ("loaders/fonts.py", "files listed by loaders/fonts.py", ["comic"]),
     ],
