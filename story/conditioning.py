@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import comfy.model_patcher
 import comfy.sd
 import torch
 
@@ -54,6 +55,19 @@ def encode_text(clip: comfy.sd.CLIP, text: str, width: int, height: int) -> list
     """CONDITIONING of a text with SDXL's size conditioning (pixels), which other models ignore."""
     entries = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     return [_sized(entry, width, height) for entry in entries]
+
+
+def check_encoder(model: comfy.model_patcher.ModelPatcher, prompt: list) -> None:
+    """Raise ValueError when a CONDITIONING comes from the text encoder of another kind of model."""
+    (states, options), network = prompt[0], model.model
+    width = network.model_config.unet_config.get("context_dim")
+    lacks_pooled = network.adm_channels and options.get("pooled_output") is None
+    if isinstance(width, int) and states.shape[-1] != width or lacks_pooled:
+        found = f"{states.shape[-1]} values per token" + (" and no summary of the text" if lacks_pooled else "")
+        raise ValueError(
+            f"The CLIP belongs to another model: it gives {found}, but the MODEL needs {width} values"
+            f"{' and a summary' if network.adm_channels else ''}. Connect the MODEL and the CLIP of one checkpoint."
+        )
 
 
 def encode_panel(

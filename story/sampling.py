@@ -21,7 +21,7 @@ from ..patches.schedule_place import nearest_step, place_of
 from ..patches.token_sharing import Sharing
 from ..samplers.rehearsal import rehearse
 from ..samplers.step_noise import noise_seed, seeded
-from .conditioning import Identity, batch, encode_panel, encode_text
+from .conditioning import Identity, batch, check_encoder, encode_panel, encode_text
 from .panel_numbers import select_panels as select_panels
 from .plan import Pass, plan
 from .script import Story
@@ -124,7 +124,8 @@ class StoryRun:
             Unscaled latents (N, C, h, w) of the wanted panels in their order, and the bank with all characters drawn.
 
         Raises:
-            ValueError: see `plan`; a bank of another run; a bank that does not fit into the memory.
+            ValueError: see `plan`; a bank of another run; a bank that does not fit into the memory; a
+                CLIP of another model.
         """
         bank = bank or CharacterBank(self.origin, {})
         bank.check_origin(self.origin)
@@ -134,6 +135,7 @@ class StoryRun:
         steps = len(self.sigmas) - 1
         progress = Progress(self.model, steps * sum(len(step.panels) for step in passes))
         prompts = self._encode(passes)
+        check_encoder(self.model, prompts[NEGATIVE])
         drawn = {}
         for step in passes:
             written = {} if step.mode == "write" else None

@@ -32,6 +32,7 @@ from consistent_video.patches.shared_layers import shared_layers
 from consistent_video.patches.token_sharing import Sharing
 from consistent_video.samplers.reference import ReferenceSampler
 from consistent_video.samplers.step_noise import BROWNIAN, noise_seed, seeded
+from consistent_video.story.conditioning import check_encoder
 from consistent_video.story.plan import plan
 from consistent_video.story.sampling import PANEL_NOISE, Settings, StoryRun, needed_passes, select_panels
 from consistent_video.story.script import MAIN_CHARACTER, parse_story
@@ -645,3 +646,15 @@ def test_references_in_context_windows_are_refused(tools):
 def test_a_model_that_has_the_patch_is_refused(tools):
     with pytest.raises(ValueError, match="has consistent self-attention already"):
         run_of(tools, model=ConsistentAttention(SHARING).install(tools.model)).draw()
+
+
+def test_the_clip_of_another_model_is_named(tools):
+    width = tools.model.model.model_config.unet_config["context_dim"]
+    pooled = {"pooled_output": torch.zeros(1, 8)}
+    check_encoder(tools.model, [[torch.zeros(1, 77, width), pooled]])
+    for prompt, words in (
+        ([[torch.zeros(1, 77, width + 1), pooled]], f"gives {width + 1} values per token, but the MODEL needs {width}"),
+        ([[torch.zeros(1, 77, width), {}]], "and no summary of the text"),
+    ):
+        with pytest.raises(ValueError, match=f"The CLIP belongs to another model.*{words}"):
+            check_encoder(tools.model, prompt)
