@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .linked_folders import walk
+
 
 def of_file(path: Path) -> str:
     """Changes with the size or the modification time of a file."""
@@ -13,7 +15,10 @@ def of_file(path: Path) -> str:
 
 def of_folder(path: Path) -> str:
     """Changes when any file below a folder (or the file itself) is added, removed or rewritten."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    files = [path]
+    if not path.is_file():
+        inside = (Path(directory) / name for directory, _, names in walk(path) for name in names)
+        files = sorted(file for file in inside if file.is_file())
     return hashlib.sha256("\n".join(f"{file} {of_file(file)}" for file in files).encode()).hexdigest()
 
 

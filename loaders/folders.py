@@ -1,6 +1,5 @@
 """Checkpoints in ComfyUI's `diffusers` folders: listing, finding, reading their configuration."""
 
-import codecs
 import json
 import logging
 import os
@@ -10,6 +9,7 @@ import folder_paths
 
 from . import fingerprint
 from .families import Family
+from .linked_folders import read_text, walk
 
 MAX_DEPTH = 3
 
@@ -27,10 +27,7 @@ def read_config(path: Path) -> dict:
             "configuration file."
         )
     try:
-        content = path.read_bytes()
-        # editors of Windows put a byte order mark before UTF-8, or write UTF-16
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        config = json.loads(content.decode("utf-16" if wide else "utf-8-sig"))
+        config = json.loads(read_text(path))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Download the file again.") from error
     if not isinstance(config, dict):
@@ -47,9 +44,8 @@ def checkpoint_folders() -> dict[str, Path]:
     """Every folder that looks like a diffusers checkpoint, by its name below the `diffusers` folder."""
     found = {}
     for root in folder_paths.get_folder_paths("diffusers"):
-        for directory, subdirectories, files in os.walk(root, followlinks=True):
+        for directory, subdirectories, files in walk(root):
             relative = os.path.relpath(directory, root)
-            subdirectories[:] = sorted(name for name in subdirectories if not _leads_back(directory, name))
             is_checkpoint = "model_index.json" in files or any(
                 name in subdirectories for name in ("unet", "transformer")
             )
@@ -58,12 +54,6 @@ def checkpoint_folders() -> dict[str, Path]:
             if is_checkpoint or relative.count(os.sep) + 1 >= MAX_DEPTH:
                 subdirectories.clear()
     return found
-
-
-def _leads_back(directory: str, name: str) -> bool:
-    """Whether a sub-folder is a link to the folder that it lies in, or to one above."""
-    target = os.path.realpath(os.path.join(directory, name))
-    return os.path.commonpath((target, os.path.realpath(directory))) == target
 
 
 def network_class(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from transformers import T5TokenizerFast
 
 from . import config_fields
 from .folders import read_config
+from .linked_folders import without_marks
 from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
 
@@ -63,16 +64,17 @@ def load_t5_text_encoder(
     """
     config_file = folder / "text_encoder" / "config.json"
     config = t5_config(read_config(config_file), str(config_file))
-    tokenizer = tokenizer_class(folder / "tokenizer", config, tokens)
     files = find_weights(folder / "text_encoder", transformers_stem(folder / "text_encoder"), prefer_half)
     state = published_keys(read_weights(files))
     require_fit(state, t5_on_meta(config), files, config_file)
-    clip = comfy.sd.CLIP(
-        _Target(_model_class(config, tokens, storage_dtype(comfy.utils.weight_dtype(state))), tokenizer),
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        parameters=comfy.utils.calculate_parameters(state),
-        disable_dynamic=disable_dynamic,
-    )
+    with without_marks(folder / "tokenizer") as readable:
+        tokenizer = tokenizer_class(readable, config, tokens)
+        clip = comfy.sd.CLIP(
+            _Target(_model_class(config, tokens, storage_dtype(comfy.utils.weight_dtype(state))), tokenizer),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            parameters=comfy.utils.calculate_parameters(state),
+            disable_dynamic=disable_dynamic,
+        )
     clip.load_sd(state)
     return clip
 

@@ -13,6 +13,7 @@ import torch
 
 from .config_fields import ACTIVATIONS, CLIP_TEXT, CLIP_TOKENIZER
 from .folders import read_config, read_config_or
+from .linked_folders import without_marks
 from .network import plain_network, require_fit
 from .weights import find_weights, read_weights, transformers_stem
 
@@ -53,18 +54,21 @@ def load_text_encoder(
         FileNotFoundError, ValueError: a file is missing, damaged, or does not fit the configuration.
     """
     config = _text_config(folder / "text_encoder" / "config.json")
-    vocabulary = _vocabulary(folder / "tokenizer", config["max_position_embeddings"], published_pad)
+    tokenizer = folder / "tokenizer"
+    vocabulary = _vocabulary(tokenizer, config["max_position_embeddings"], published_pad)
     files = find_weights(folder / "text_encoder", transformers_stem(folder / "text_encoder"), prefer_half)
     state = _published_keys(read_weights(files))
     # A file without projection pools without it, as transformers does.
     state.setdefault(PROJECTION, torch.eye(config["hidden_size"]).to(comfy.utils.weight_dtype(state)))
     require_fit(state, text_model_on_meta(config), files, folder / "text_encoder" / "config.json")
-    clip = comfy.sd.CLIP(
-        _Target(_model_class(config, layer, vocabulary.pad_token), _tokenizer_class(vocabulary, config)),
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        parameters=sum(tensor.numel() for tensor in state.values()),
-        disable_dynamic=disable_dynamic,
-    )
+    with without_marks(tokenizer) as readable:
+        words = _tokenizer_class(readable if vocabulary.complete else None, vocabulary.pad_token, config)
+        clip = comfy.sd.CLIP(
+            _Target(_model_class(config, layer, vocabulary.pad_token), words),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            parameters=sum(tensor.numel() for tensor in state.values()),
+            disable_dynamic=disable_dynamic,
+        )
     set_norm_eps(clip.cond_stage_model, config)
     clip.load_sd(state)
     return clip
@@ -98,9 +102,9 @@ def _text_config(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """A tokenizer folder: its path, None to take ComfyUI's own, and the padding token, None to pad with the end."""
+    """A tokenizer folder: whether its vocabulary is there, and the padding token, None to pad with the end token."""
 
-    path: Path | None
+    complete: bool
     pad_token: int | None
 
 
@@ -143,7 +147,7 @@ def _vocabulary(folder: Path, positions: int, published_pad: str) -> _Vocabulary
             f"{config_file} names the padding token {token!r}, which vocab.json does not hold. Restore both published "
             "files."
         )
-    return _Vocabulary(folder if complete else None, None if token == END_TOKEN else vocabulary[token])
+    return _Vocabulary(complete, None if token == END_TOKEN else vocabulary[token])
 
 
 def _is_token(value: object) -> bool:
@@ -189,8 +193,8 @@ def _model_class(config: dict, layer: str, pad_token: int | None) -> type:
     return TextEncoder
 
 
-def _tokenizer_class(vocabulary: _Vocabulary, config: dict) -> type:
-    path, pad_token = None if vocabulary.path is None else str(vocabulary.path), vocabulary.pad_token
+def _tokenizer_class(folder: Path | None, pad_token: int | None, config: dict) -> type:
+    path = None if folder is None else str(folder)
 
     class Tokenizer(comfy.sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}, **options):

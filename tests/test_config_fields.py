@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import tiny_checkpoints
-from consistent_video.loaders import audit, checkpoint, folders, text_encoder, vae, vision
+from consistent_video.loaders import audit, checkpoint, fingerprint, folders, text_encoder, vae, vision
 from consistent_video.loaders.config_fields import SCHEDULER, Fields
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MODELSCOPE
 from consistent_video.samplers import schedules
@@ -197,12 +197,13 @@ def test_configurations_of_windows_editors_are_read(copy, encoding):
         text = file.read_text(encoding="utf-8")
         if encoding == "utf-16-le-bom":
             file.write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
-        elif "vocab" not in file.name or encoding == "utf-8-sig":
+        else:
             file.write_text(text, encoding=encoding)
-    for file in (copy / "tokenizer").glob("*.json"):  # transformers reads these itself
-        shutil.copy(copy.parent / tiny_checkpoints.MODELSCOPE_NAME / "tokenizer" / file.name, file)
+    merges = copy / "tokenizer" / "merges.txt"
+    merges.write_bytes(b"\xef\xbb\xbf" + merges.read_bytes())
     assert copy.name in folders.list_checkpoints(MODELSCOPE)
-    checkpoint.load_folder(MODELSCOPE, copy, "fp32")
+    clip = checkpoint.load_folder(MODELSCOPE, copy, "fp32")[1]
+    assert [token for token, _ in clip.tokenize("a panda")["h"][0]][:4] == [49406, 320, 12952, 49407]
 
 
 def test_links_back_are_not_followed(models_folder, copy):
@@ -217,6 +218,9 @@ def test_links_back_are_not_followed(models_folder, copy):
         names = [name for name in folders.checkpoint_folders() if name.startswith("shelf")]
         assert names == ["shelf/other"]
         checkpoint.load_folder(MODELSCOPE, folders.find_checkpoint("shelf/other"), "fp32")
+        before = fingerprint.of_folder(inner)
+        (copy / "unet" / "config.json").touch()
+        assert fingerprint.of_folder(inner) != before
     finally:
         (copy / "again").unlink()
         shutil.rmtree(inner)
