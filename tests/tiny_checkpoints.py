@@ -376,7 +376,8 @@ def build_once(cache: Path) -> Path:
     finished = cache / digest.hexdigest()[:16]
     if not finished.is_dir():
         for other in cache.iterdir():
-            if not other.name.startswith("unfinished") or other.stat().st_mtime < time.time() - 3600:
+            outdated = not other.name.startswith("unfinished") or other.stat().st_mtime < time.time() - 3600
+            if outdated and other != finished:
                 shutil.rmtree(other, ignore_errors=True)
         unfinished = cache / f"unfinished-{os.getpid()}"
         build_all(unfinished)
