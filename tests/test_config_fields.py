@@ -27,7 +27,7 @@ def copy(models_folder, modelscope_folder, request):
 
 
 def change(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
 
 
 def warnings(caplog):
@@ -161,7 +161,7 @@ def test_another_preparation_of_pictures_is_named(models_folder, tmp_path, caplo
     shutil.copytree(models_folder / "diffusers" / "i2vgen-xl" / "image_encoder", tmp_path / "image_encoder")
     (tmp_path / "feature_extractor").mkdir()
     statistics = {"size": {"height": 28, "width": 28}, "crop_size": 224, "resample": 2, "do_center_crop": True}
-    (tmp_path / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    (tmp_path / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(statistics), encoding="utf-8")
     vision.load_vision_tower(tmp_path)
     (line,) = warnings(caplog)
     assert "without effect in this pack: crop_size 224, resample 2." in line
