@@ -187,6 +187,7 @@ class ConsistI2VConditioning(io.ComfyNode):
         first_frame_latent=None,
         seed: int = 0,
     ) -> io.NodeOutput:
+        latents.check_size(width, height, frames, vae.spacial_compression_decode())
         static_video = consisti2v_conditioning.static_video(
             vae, first_frame, first_frame_latent, camera_motion, frames, width, height, seed
         )

@@ -8,6 +8,7 @@ check in front of a node's `execute`.
 import functools
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def check_input(entry: io.Input, value: object, as_list: bool = False) -> None:
     if isinstance(entry, io.Combo.Input):
         _check_choice(entry, value)
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{entry.id} is {value}, not a finite number. Check the node that it comes from.")
     socket = SOCKETS.get(entry.get_io_type())
     if socket is None or (value is None and entry.optional):
         return

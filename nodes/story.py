@@ -105,6 +105,7 @@ class StoryConditioning(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, story, width: int, height: int) -> io.NodeOutput:
+        conditioning.check_sides(width, height)
         prompts = [conditioning.encode_panel(clip, story, panel, width, height) for panel in story.panels]
         negative = conditioning.encode_text(clip, story.negative, width, height)
         return io.NodeOutput(conditioning.batch(prompts), negative, len(story.panels))

@@ -57,6 +57,14 @@ def encode_text(clip: comfy.sd.CLIP, text: str, width: int, height: int) -> list
     return [_sized(entry, width, height) for entry in entries]
 
 
+def check_sides(width: int, height: int) -> None:
+    """Raise ValueError unless both sides of a picture are multiples of 8 pixels, which one latent pixel stands for."""
+    for name, side in (("width", width), ("height", height)):
+        if side < 8 or side % 8:
+            below = max(8, side // 8 * 8)
+            raise ValueError(f"{name} {side} is not a multiple of 8. Use {below} or {below + 8}.")
+
+
 def check_encoder(model: comfy.model_patcher.ModelPatcher, prompt: list) -> None:
     """Raise ValueError when a CONDITIONING comes from the text encoder of another kind of model."""
     (states, options), network = prompt[0], model.model

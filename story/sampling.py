@@ -21,7 +21,7 @@ from ..patches.schedule_place import nearest_step, place_of
 from ..patches.token_sharing import Sharing
 from ..samplers.rehearsal import rehearse
 from ..samplers.step_noise import noise_seed, seeded
-from .conditioning import Identity, batch, check_encoder, encode_panel, encode_text
+from .conditioning import Identity, batch, check_encoder, check_sides, encode_panel, encode_text
 from .panel_numbers import select_panels as select_panels
 from .plan import Pass, plan
 from .script import Story
@@ -85,7 +85,7 @@ class StoryRun:
         identity: pictures for PhotoMaker, or None.
 
     Raises:
-        ValueError: no steps, or an identity that does not fit the story.
+        ValueError: no steps, a size that pictures cannot have, or an identity that does not fit the story.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class StoryRun:
     ):
         if len(sigmas) < 2:
             raise ValueError(f"The sigmas have {len(sigmas)} values, which is no step. Connect a scheduler.")
+        check_sides(settings.width, settings.height)
         if identity is not None:
             identity.check(story)
         self.model, self.clip, self.story, self.identity = model, clip, story, identity

@@ -23,7 +23,9 @@ from consistent_video.models.pictures import on_paper, rgb
 from consistent_video.nodes import sockets
 from consistent_video.nodes.conditioning import ConsistI2VConditioning, I2VGenXLConditioning
 from consistent_video.nodes.faces import FaceEncode, FaceSimilarity
-from consistent_video.nodes.story import StoryScript
+from consistent_video.nodes.latents import EmptyLatent
+from consistent_video.nodes.noise import SharedNoise
+from consistent_video.nodes.story import StoryConditioning, StoryScript
 from consistent_video.nodes.transitions import JoinTransitions
 from consistent_video.patches.character_bank import CharacterBank
 from consistent_video.story.script import parse_story
@@ -300,3 +302,27 @@ def test_vaes_take_gray_pictures_and_name_what_is_not_theirs(parts):
         for decode in (vae.decode, vae.decode_tiled):
             with pytest.raises(ValueError, match="decodes latents of 4 channels.*VAE that belongs"):
                 decode(torch.zeros(shape))
+
+
+def test_numbers_over_a_wire_that_no_widget_gives_are_named(parts):
+    prompt, vae, vision = parts
+    picture = torch.rand(1, 64, 64, 3)
+    story = parse_story("a girl", "walks", "(No style)")
+    calls = {
+        "alpha is nan, not a finite number": lambda: SharedNoise.execute(0, "mixed", NAN),
+        "batch_size 0": lambda: EmptyLatent.execute(vae, 64, 64, 5, 0),
+        "batch_size -1": lambda: I2VGenXLConditioning.execute(prompt, prompt, vae, vision, picture, 64, 64, 5, 16, -1),
+        "fps 0 is no frame rate": lambda: I2VGenXLConditioning.execute(
+            prompt, prompt, vae, vision, picture, 64, 64, 5, 0, 1
+        ),
+        "width 0 is not a multiple": lambda: ConsistI2VConditioning.execute(
+            prompt, prompt, vae, 0, 64, 4, 3, "none", 1, first_frame=picture
+        ),
+        "frames 0 is outside": lambda: ConsistI2VConditioning.execute(
+            prompt, prompt, vae, 64, 64, 0, 3, "zoom_in", 1, first_frame=picture
+        ),
+        "height -8 is not a multiple": lambda: StoryConditioning.execute(FITTING["CLIP"], story, 64, -8),
+    }
+    for words, call in calls.items():
+        with pytest.raises(ValueError, match=words):
+            call()
