@@ -15,10 +15,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS / "device"]
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
-SCENE_MODULES = (
-    *("scenes_video", "scenes_faces", "scenes_story", "scenes_patches", "scenes_failures"),
-    "scenes_weights",
-)
+SCENE_MODULES = sorted(path.stem for path in Path(__file__).parent.glob("scenes_*.py"))
 
 
 def main() -> None:

@@ -78,4 +78,7 @@ def aligner() -> retinaface.RetinaFace:
 
     torch.manual_seed(0)
     retinaface.MIN_SCORE = 0.5
-    return retinaface.RetinaFace(RetinaFace("resnet50", device=torch.device("cpu")).state_dict(), "aligner")
+    state = RetinaFace("resnet50", device=torch.device("cpu")).state_dict()
+    # so that boxes are of a size that numbers can hold
+    state = {key: 0.01 * value if key.startswith("BboxHead") else value for key, value in state.items()}
+    return retinaface.RetinaFace(state, "aligner")

@@ -1,11 +1,11 @@
 """Tensors on the simulated card, and how PyTorch's operations act on them."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import memory, rules, waits
 
@@ -111,27 +111,51 @@ def on_host(value: Any) -> Any:
 
 def dispatch(operation, args: tuple, kwargs: dict) -> Any:
     """Run one of PyTorch's operations: on the card if one of its tensors is there or its device is the card."""
-    name = operation._schema.name
+    name, names = _signature(operation)
     if name in SPECIAL:
         return SPECIAL[name](operation, args, kwargs)
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
     card_tensors = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
-    device, args, kwargs = _without_card(operation, args, kwargs)
+    device, args, kwargs = _without_card(names, args, kwargs)
     if not card_tensors and not is_card(device):
         _check_filled(tensors)
         return operation(*args, **kwargs)
     if card_tensors:
         _check(name, tensors, args)
-    result = operation(*tree_map(on_host, args), **tree_map(on_host, kwargs))
+    result = operation(*_mapped(args, on_host), **{key: _mapped(value, on_host) for key, value in kwargs.items()})
     if device is not None and not is_card(device):
         return result
     # What an operation returns in place of a new tensor stays the object it was.
     known = {id(tensor.held): tensor for tensor in card_tensors}
-    return tree_map(lambda value: _to_card(value, known), result)
+    return _mapped(result, lambda value: _to_card(value, known))
 
 
-def _to_card(value: Any, known: dict[int, DeviceTensor]) -> Any:
-    if not isinstance(value, torch.Tensor) or isinstance(value, DeviceTensor):
+@functools.cache
+def _signature(operation) -> tuple[str, list[str]]:
+    """The name of an operation and those of its arguments."""
+    return operation._schema.name, [argument.name for argument in operation._schema.arguments]
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """A value, or lists and tuples of values, with every tensor changed; PyTorch's own function for it is slower."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, change) for item in value)
+    return [_mapped(item, change) for item in value] if isinstance(value, list) else value
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    """The tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _to_card(value: torch.Tensor, known: dict[int, DeviceTensor]) -> torch.Tensor:
+    if isinstance(value, DeviceTensor):
         return value
     return known[id(value)] if id(value) in known else DeviceTensor(value)
 
@@ -160,9 +184,8 @@ def _check_filled(tensors: list[torch.Tensor]) -> None:
         raise RuntimeError("Host memory was read before the copy from the card that fills it was waited for.")
 
 
-def _without_card(operation, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
-    """The device that a call asks for, and the call with the CPU in place of the card."""
-    names = [argument.name for argument in operation._schema.arguments]
+def _without_card(names: list[str], args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """The device that a call with arguments of these names asks for, and the call with the CPU in place of the card."""
     if "device" not in names:
         return None, args, kwargs
     place = names.index("device")
@@ -175,7 +198,7 @@ def _without_card(operation, args: tuple, kwargs: dict) -> tuple[Any, tuple, dic
 
 def _arguments(operation, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments by name."""
-    return dict(zip((argument.name for argument in operation._schema.arguments), args, strict=False)) | kwargs
+    return dict(zip(_signature(operation)[1], args, strict=False)) | kwargs
 
 
 def _convert(operation, args: tuple, kwargs: dict) -> torch.Tensor:

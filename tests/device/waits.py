@@ -3,7 +3,7 @@
 The counter is a state of the process: on the card there is one queue.
 """
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,15 +73,19 @@ def report(found: Counter) -> str:
 
 def _place() -> str:
     """Where in the pack the wait comes from, and where in the library that it called."""
-    frames = [frame for frame in traceback.extract_stack() if not _is_machinery(frame.filename)]
-    ours = [frame for frame in frames if frame.filename.startswith(OURS)]
-    last = _short(frames[-1]) if frames else "?"
-    return last if not ours or _short(ours[-1]) == last else f"{_short(ours[-1])} via {last}"
+    places, ours, frame = [], None, sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not _is_machinery(file):
+            place = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}"
+            places.append(place)
+            if file.startswith(OURS):
+                ours = place
+                break
+        frame = frame.f_back
+    last = places[0] if places else "?"
+    return last if ours in (None, last) else f"{ours} via {last}"
 
 
 def _is_machinery(file: str) -> bool:
     return "/torch/" in file or file.startswith(str(Path(__file__).parent))
-
-
-def _short(frame: traceback.FrameSummary) -> str:
-    return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"
