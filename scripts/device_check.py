@@ -161,9 +161,11 @@ def _machine(environment: Environment, options: argparse.Namespace) -> dict:
 
 
 def _link(place: Path) -> None:
+    from comfy_server import link_or_copy
+
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
-        place.symlink_to(NODES, target_is_directory=True)
+    if not place.exists():
+        link_or_copy(NODES, place)
 
 
 def _check(server: object, inputs: dict, timeout: float) -> dict:
