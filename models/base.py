@@ -179,6 +179,15 @@ class VideoModel(comfy.model_base.BaseModel):
         self.served.check_patches(transformer_options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
+    def check_size(self, prepared: torch.Tensor, x: torch.Tensor) -> None:
+        """Raise ValueError when a sampler has changed the size of the clip x that a picture was prepared for."""
+        if prepared.shape[-2:] != x.shape[-2:]:
+            raise ValueError(
+                f"The sampler has changed the clip to latents of {tuple(x.shape[-2:])} (height, width), but the "
+                f"picture for {self.served.title} was prepared for {tuple(prepared.shape[-2:])}. Use a sampler that "
+                "keeps the size, and scale the finished clip up."
+            )
+
     def resize_cond_for_context_window(
         self, cond_key, cond_value, window, x_in, device, retain_index_list=[], **options
     ):

@@ -244,7 +244,7 @@ class ConsisIDTransformer(ConsisIDTransformer3DModel):
         if clip.shape[1] != condition.picture.shape[1]:
             raise ValueError(
                 f"The face was prepared for a clip of {condition.picture.shape[1]} tokens, but {clip.shape[1]} are "
-                "sampled. ConsisID makes whole clips only: remove area conditioning and context windows."
+                "sampled. Use a sampler that keeps the size of the clip, and windows over frames only."
             )
         return torch.cat((condition.text.expand(clip.shape[0], -1, -1), clip + condition.picture), dim=1)
 

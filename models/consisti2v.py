@@ -8,6 +8,7 @@ import torch
 from .base import FIRST_SIGMA
 from .clip_latents import check_clip_count, check_picture_latent
 from .consisti2v_conditioning import FIRST_FRAME, FRAME_STRIDE
+from .frame_control import with_frame_before
 from .parts import FrameNumbers, OneFrame, Whole
 from .served import Served
 from .unet3d_model import Peak, UNet3DModel
@@ -78,8 +79,9 @@ class ConsistI2VModel(UNet3DModel):
         """ComfyUI's. A part of a clip that does not begin with it is predicted with the first frame in front."""
         numbers, spare = kwargs.get("frame_numbers", ((0,), False))
         added = numbers[0] != 0 and not spare
+        self.check_size(kwargs["clean_first_frame"], x)
         if added:
-            x = torch.cat((x[:, :, :1], x), dim=2)
+            x, control = torch.cat((x[:, :, :1], x), dim=2), with_frame_before(control, x.shape[0])
         clean = super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         first = comfy.model_management.cast_to_device(kwargs["clean_first_frame"], clean.device, clean.dtype)
         if added:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_sampling
+import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 
 from .temporal import as_frames
@@ -95,6 +96,20 @@ class _PicturesOf:
     def __exit__(self, *_) -> None:
         for control, pictures in self.originals:
             control.cond_hint_original = pictures
+
+
+def with_frame_before(control: dict | None, clips: int) -> dict | None:
+    """The features of frames (B * F, C, h, w) of B clips, with none for a frame in front: (B * (F + 1), C, h, w)."""
+    if control is None:
+        return None
+
+    def widened(features: torch.Tensor | None) -> torch.Tensor | None:
+        if features is None or features.shape[0] % clips:
+            return features
+        frames = features.unflatten(0, (clips, -1))
+        return torch.cat((torch.zeros_like(frames[:, :1]), frames), dim=1).flatten(0, 1)
+
+    return {part: [widened(features) for features in listed] for part, listed in control.items()}
 
 
 def chain(control: comfy.controlnet.ControlBase) -> list[comfy.controlnet.ControlBase]:

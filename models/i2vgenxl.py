@@ -59,6 +59,10 @@ class I2VGenXLModel(UNet3DModel):
         """A prompt's extras for the guidance branch that sees no picture: its latent and its embedding are zero."""
         return {**extra, **{key: torch.zeros_like(extra[key]) for key in (IMAGE_LATENT, IMAGE_EMBEDDING)}}
 
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):
+        self.check_size(kwargs["picture"] if "picture" in kwargs else kwargs["image_latents"], x)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
     def extra_conds(self, **kwargs) -> dict:
         """Conditioning of one prompt, made by the conditioning node.
 

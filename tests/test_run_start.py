@@ -117,6 +117,16 @@ def test_a_control_net_sees_each_frame_as_a_picture(families):
                     torch.testing.assert_close(one[0], many[3 * row + frame], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("title", [I2VGENXL.title, CONSISTI2V.title])
+def test_a_sampler_that_changes_the_size_is_named(families, title):
+    loaded = families[title]
+    twice = comfy.samplers.KSAMPLER(
+        lambda model, x, sigmas, extra_args, **_: model(torch.cat((x, x), 4), sigmas[:1], **extra_args)
+    )
+    with pytest.raises(ValueError, match=r"changed the clip to latents of \(12, 24\).* prepared for \(12, 12\)"):
+        sample(loaded.model, loaded.positive, loaded.negative, noise_of(1, 4, 3, 12, 12), twice, START, 1.0)
+
+
 @pytest.mark.parametrize("title", UNETS)
 def test_a_control_net_acts_and_one_that_does_not_fit_is_refused(families, title):
     loaded = families[title]
@@ -167,6 +177,19 @@ def test_a_prompt_for_later_frames_begins_with_the_first_frame(families):
     plain, alone = x0(loaded, noise=noise), x0(loaded, positive=loaded.other, noise=noise)
     assert torch.equal(found[:, :, 0], plain[:, :, 0])
     assert gap(found[:, :, 2], (plain[:, :, 2] + alone[:, :, 2]) / 2) < 1e-4
+
+
+def test_control_nets_and_windows_of_later_frames_go_together(families):
+    """ConsistI2V's windows have the first frame in front, of which a ControlNet knows nothing."""
+    loaded, frames = families[CONSISTI2V.title], 3
+    window = next(node for node in native_nodes.PATCHES if node.label == "ContextWindowsManual (frames)")
+    pictures = torch.rand(frames, 3, 96, 96, generator=torch.Generator().manual_seed(4))
+    hint = native_nodes.tiny_control().copy().set_cond_hint(pictures, 1.0)
+    prompt = [[text, {**extra, "control": hint}] for text, extra in loaded.positive]
+    windowed = window.call(model=loaded.model)[0]
+    found, plain = x0(loaded, windowed, prompt), x0(loaded, windowed)
+    moved = (found - plain).abs().amax(dim=(0, 1, 3, 4)) / plain.abs().max()
+    assert moved[0] == 0 and (moved[1:] > 1e-3).all()
 
 
 def test_clips_are_known_by_their_noise():
