@@ -7,7 +7,7 @@ import comfy.diffusers_convert
 import comfy.ldm.models.autoencoder
 import torch
 
-from ..models.frame_vae import FrameVAE
+from ..models.frame_vae import COMFYUI_GROUPS, FrameVAE
 from ..models.latent_format import FrameLatentFormat
 from .config_fields import IMAGE_VAE
 from .folders import read_config
@@ -17,8 +17,6 @@ from .weights import find_weights, read_weights
 PUBLISHED_SCALING_FACTOR = 0.18215
 LEVELS = 4
 LATENT_CHANNELS = 4
-# Groups of the norms that ComfyUI builds.
-COMFYUI_GROUPS = 32
 
 
 def load_vae(folder: Path, prefer_half: bool = False) -> FrameVAE:

@@ -1,9 +1,14 @@
 """Image VAEs that take clips: every frame of a 5-D latent is decoded, every frame of a clip encoded."""
 
+import logging
+
 import comfy.sd
 import torch
 
 from .pictures import pixels_to_encode
+
+# Groups of the norms that ComfyUI's Load VAE builds.
+COMFYUI_GROUPS = 32
 
 
 class FrameVAE(comfy.sd.VAE):
@@ -12,6 +17,19 @@ class FrameVAE(comfy.sd.VAE):
     Latents (B, C, F, h, w) <-> images (B, F, H, W, 3) in 0..1. 4-D latents are decoded as ComfyUI's VAE does; an image
     batch (F, H, W, 3) is encoded as one clip (1, C, F, h, w).
     """
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        """The weights, for ComfyUI's Save VAE and Save Checkpoint; what Load VAE cannot tell from them is logged."""
+        norms = (module for module in self.first_stage_model.modules() if isinstance(module, torch.nn.GroupNorm))
+        groups = {norm.num_groups for norm in norms} - {COMFYUI_GROUPS}
+        if groups:
+            logging.warning(
+                "This VAE has norms of %d groups, which a saved file does not say: Load VAE would take %d and decode "
+                "noise. Keep the vae folder of the checkpoint, and load that.",
+                groups.pop(),
+                COMFYUI_GROUPS,
+            )
+        return super().get_sd()
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict = {}, **options) -> torch.Tensor:
         """Decode latents to images.

@@ -9,10 +9,12 @@ import comfy_extras.nodes_model_merging as merging
 import folder_paths
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors import safe_open
 
 from consistent_video.loaders import assembly, checkpoint, lora, single_file
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MODELSCOPE
+from consistent_video.loaders.vae import load_vae
 from consistent_video.models import network_description
 
 FOLDERS = {
@@ -114,3 +116,16 @@ def test_a_description_that_cannot_be_read_is_named(models_folder, output):
     with pytest.raises(ValueError, match=r"newer.*saved by a newer version of this pack"):
         single_file.load_file(saved(output, "newer"), "auto", "default")
     assert network_description.KEY in model.model.state_dict_for_saving({})
+
+
+@pytest.mark.parametrize(("groups", "said"), [(32, False), (16, True)])
+def test_what_a_saved_vae_does_not_tell_is_said(output, tmp_path, groups, said, caplog):
+    write_vae(tmp_path / "checkpoint", block_out_channels=(32, 32, 64, 64), norm_num_groups=groups)
+    merging.VAESave().save(load_vae(tmp_path / "checkpoint"), "vae")
+    assert ("norms of 16 groups" in caplog.text) is said
+
+
+def write_vae(folder, **settings):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(layers_per_block=2, **blocks, **settings).save_pretrained(folder / "vae")
