@@ -68,7 +68,7 @@ def explain_missing_face_source(name: str | None) -> bool | str:
 
     Also True for None, which ComfyUI says in place of a name that comes over a wire: loading then tells.
     """
-    if name is None or name == BUILT_IN or name in _folders() or name in _mediapipe_files():
+    if name is None or str(name) in list_face_sources():
         return True
     return f"Face model '{name}' was not found. {_where_packs_go()} Then refresh the node list (R)."
 

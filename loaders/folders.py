@@ -87,7 +87,7 @@ def find_checkpoint(name: str) -> Path:
     Raises:
         FileNotFoundError: no `diffusers` folder holds it.
     """
-    folder = checkpoint_folders().get(name.replace("\\", "/"))
+    folder = checkpoint_folders().get(str(name).replace("\\", "/"))
     if folder is None:
         roots = ", ".join(folder_paths.get_folder_paths("diffusers"))
         raise FileNotFoundError(f"Checkpoint folder '{name}' was not found in {roots}. Choose one that the node lists.")
@@ -99,7 +99,7 @@ def explain_missing(family: Family, name: str | None) -> bool | str:
 
     Also True for None, which ComfyUI says in place of a name that comes over a wire: loading then tells.
     """
-    if name is None or name.replace("\\", "/") in checkpoint_folders():
+    if name is None or str(name).replace("\\", "/") in checkpoint_folders():
         return True
     roots = " or ".join(folder_paths.get_folder_paths("diffusers"))
     return (

@@ -13,7 +13,7 @@ def as_listed(name: str, names: Sequence[str]) -> str:
     """Return the one of `names` that `name` means, whether its folders are separated as on Windows or not."""
     if name in names:
         return name
-    return next((each for each in names if each.replace("\\", "/") == name.replace("\\", "/")), name)
+    return next((each for each in names if each.replace("\\", "/") == str(name).replace("\\", "/")), name)
 
 
 @dataclass(frozen=True)

@@ -326,3 +326,12 @@ def test_numbers_over_a_wire_that_no_widget_gives_are_named(parts):
     for words, call in calls.items():
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("node_id", nodes_with("COMBO"))
+def test_values_in_place_of_names_are_answered_by_validation(models_folder, node_id):
+    node = NODES[node_id]
+    if "validate_inputs" in vars(node):
+        names = inspect.signature(node.validate_inputs).parameters
+        for value in (3, 2.5, True, "", {}, [1], "a\\b"):
+            assert "was not found" in node.validate_inputs(**dict.fromkeys(names, value))
