@@ -182,7 +182,8 @@ def reference_call(clip: Clip, network: torch.nn.Module, shape: tuple, device: t
         embedding = draw(2, config.cross_attention_dim)
         return lambda: network(*call, fps, picture, embedding, encoder_hidden_states=text)
     grid = (height // config.patch_size, width // config.patch_size)
-    rotary = get_3d_rotary_pos_embed(config.attention_head_dim, ((0, 0), grid), grid, frames, device=device)
+    tables = get_3d_rotary_pos_embed(config.attention_head_dim, ((0, 0), grid), grid, frames)  # float64 on the way
+    rotary = tuple(table.to(device, torch.float32) for table in tables)
     noisy, text = (
         draw(2, frames, 2 * channels, height, width),
         draw(2, config.max_text_seq_length, config.text_embed_dim),

@@ -42,14 +42,14 @@ class Usage:
 @contextmanager
 def used() -> Iterator[Usage]:
     """What the block uses of the device."""
-    usage, counted = Usage(), torch.accelerator.is_available() and not on_cpu()
-    if counted:
+    usage = Usage()
+    if counted():
         torch.accelerator.reset_peak_memory_stats()
         before = torch.accelerator.memory_allocated()
     start = now()
     yield usage
     usage.seconds = now() - start
-    if counted:
+    if counted():
         usage.allocated = torch.accelerator.max_memory_allocated() - before
         usage.reserved = torch.accelerator.max_memory_reserved()
 
@@ -59,9 +59,14 @@ def on_cpu() -> bool:
     return comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device())
 
 
+def counted() -> bool:
+    """Whether PyTorch counts the memory of ComfyUI's device."""
+    return torch.accelerator.is_available() and not on_cpu()
+
+
 def now() -> float:
     """Seconds, when the device has done what it was given."""
-    if not on_cpu():
+    if counted():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
@@ -85,6 +90,7 @@ class Check:
         self.fields = self.family.parts.read_fields(clip.network)
         self.network = lambda: build(self.family.network, self.fields, f"{clip.family} as published")
         self.config = self.network().config
+        self.latents = torch.randn(1, *self._shape())  # to decode, also where no step succeeds
         self.keep = keep
         self.result = {"title": self.family.title, "clip": f"{clip.frames}x{clip.height}x{clip.width}", "rows": {}}
 
@@ -142,7 +148,7 @@ class Check:
         comfy.model_management.unload_all_models()
         model = self._load(weight_dtype)
         both = prompts(self.pack, self.clip, self.config, self.vae)
-        noise = torch.randn(1, *self._shape(model), generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, *self._shape(), generator=torch.Generator().manual_seed(0))
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(*both)
         guider.set_cfg(GUIDANCE)
@@ -166,11 +172,12 @@ class Check:
             "finite": bool(self.latents.isfinite().all()),
         }
 
-    def _shape(self, model) -> tuple[int, int, int, int]:
-        channels, frames = model.model.latent_format.latent_channels, self.clip.frames
+    def _shape(self) -> tuple[int, int, int, int]:
+        """Of the clip's latents, (C, F, h, w)."""
+        form, frames = part(self.pack, "loaders.assembly").published_latent_format(self.family), self.clip.frames
         if self.clip.family == "consisid":
             frames = (frames - 1) // 4 + 1
-        return channels, frames, self.clip.height // 8, self.clip.width // 8
+        return form.latent_channels, frames, self.clip.height // 8, self.clip.width // 8
 
     def _decode(self, decode: Callable[[torch.Tensor], torch.Tensor], side: int | None = None) -> dict:
         """One decoding, beside the estimate for the latents, or for a tile of `side` latent pixels."""
