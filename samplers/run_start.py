@@ -89,8 +89,9 @@ def look(
         self_attention_guidance.adapt(options)
         picture_guidance.adapt(options)
         prepare_prompts(guider, noise, seed)
+    # before the run: ComfyUI's uni_pc writes into the sigmas
+    finished = isinstance(model, VideoModel) and bool(sigmas[-1] == 0)
     clip = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
-    finished = isinstance(model, VideoModel) and sigmas[-1] == 0
     return model.after_run(clip, guider.conds, denoise_mask) if finished else clip
 
 

@@ -192,6 +192,14 @@ def test_control_nets_and_windows_of_later_frames_go_together(families):
     assert moved[0] == 0 and (moved[1:] > 1e-3).all()
 
 
+@pytest.mark.parametrize("name", ["uni_pc", "dpm_fast", "euler"])
+def test_every_sampler_ends_with_the_first_frame(families, name):
+    loaded, sigmas = families[CONSISTI2V.title], torch.tensor([5.0, 2.0, 0.5, 0.0])
+    sampler, noise = comfy.samplers.sampler_object(name), noise_of(1, 4, 3, 12, 12)
+    clip = sample(loaded.model, loaded.positive, loaded.negative, noise, sampler, sigmas, 3.0)
+    assert torch.equal(clip[:, :, :1], loaded.positive[0][1]["consisti2v_first_frame"])
+
+
 def test_clips_are_known_by_their_noise():
     whole = noise_of(4, 4, 3, 6, 8, seed=9)
     latent = {"samples": torch.zeros(4, 4, 3, 6, 8)}
