@@ -74,7 +74,7 @@ MUTATIONS = (
         "samplers/schedules.py",
         "alphas = alphas / (scale + (1 - scale) * alphas)",
         "alphas = alphas / scale",
-        "test_schedules.py",
+        "test_cogvideox_sampling.py",
     ),
     Mutation(
         "samplers/schedules.py",
