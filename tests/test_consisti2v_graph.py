@@ -1,5 +1,6 @@
 """ConsistI2V from a folder through the nodes: loader, conditioning, guider, long video."""
 
+import comfy.samplers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from consistent_video.models.consisti2v_unet import ConsistI2VUNet
 from consistent_video.samplers import reference, schedules
 from consistent_video.samplers.guidance import ImageTextGuider
 from consistent_video.samplers.latents import empty_latent, last_frame
-from native_sampling import conditioning
+from native_sampling import conditioning, sample
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,17 @@ def test_a_chunk_starts_with_the_frame_it_was_given(loaded):
     following = conditioning_of.static_video(loaded[2], None, last_frame({"samples": first}), "none", 4, 64, 64)
     second = run(loaded, following)
     assert (second[:, :, 0] - first[:, :, -1]).abs().max() < 1e-5 * first.abs().max()
+
+
+@pytest.mark.parametrize("name", ["euler", "uni_pc"])
+def test_native_samplers_end_with_the_first_frame(loaded, name):
+    """ComfyUI's uni_pc ends at another noise level than 0, which it writes into the sigmas it was given."""
+    model, clip, vae = loaded
+    static = conditioning_of.static_video(vae, picture_of(64, 64).unsqueeze(0), None, "none", 4, 64, 64)
+    prompts = conditioning_of.condition_prompts(conditioning(clip, "a boat"), conditioning(clip, ""), static, 3)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+    latents = sample(model, *prompts, noise_of(1, 4, 4, 8, 8), comfy.samplers.sampler_object(name), sigmas, cfg=4.0)
+    assert (latents[:, :, 0] - static[:, :, 0]).abs().max() < 1e-5 * static.abs().max()
 
 
 def test_picture_stride_and_image_guidance_change_the_clip(loaded):
