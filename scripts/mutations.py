@@ -136,7 +136,7 @@ MUTATIONS = (
     ),
     Mutation("models/i2vgenxl.py", "planes[:, :, 0] = first", "planes[:, :, -1] = first", "test_i2vgenxl_parity.py"),
     Mutation("models/i2vgenxl.py", "/ max(frames - 1, 1)", "/ frames", "test_i2vgenxl_parity.py"),
-    Mutation("models/consisti2v.py", "clean[:, :, :1] = first", "pass", "test_consisti2v_model.py"),
+    Mutation("models/consisti2v.py", "clean[:, :, place : place + 1] = first", "pass", "test_consisti2v_model.py"),
     Mutation(
         "models/consisti2v.py",
         "float(kwargs[FRAME_STRIDE])",
