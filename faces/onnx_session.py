@@ -31,10 +31,10 @@ class OnnxNetwork:
 
     Args:
         file: the ONNX file; it is opened once at once, so that damage shows.
-        provider: as of `open_session`.
+        provider: see `open_session`.
 
     Raises:
-        ImportError, ValueError: as of `open_session`.
+        ImportError, ValueError: see `open_session`.
     """
 
     def __init__(self, file: Path, provider: str = "auto"):

@@ -69,17 +69,17 @@ class Family:
 
     @property
     def network(self) -> type:
-        """As of `Parts`."""
+        """Return the pack's class of the network; see `Parts`."""
         return self.parts.network
 
     @property
     def model(self) -> type:
-        """As of `Parts`."""
+        """Return the class by which ComfyUI calls the network; see `Parts`."""
         return self.parts.model
 
     @property
     def replacements(self) -> dict[type, type]:
-        """As of `Parts`."""
+        """Return the pack's class for each class of diffusers' modules; see `Parts`."""
         return self.parts.replacements
 
 

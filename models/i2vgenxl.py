@@ -38,7 +38,7 @@ class I2VGenXLModel(UNet3DModel):
         return widths | {"picture": math.prod(input_shape[1:])}
 
     def extra_conds_shapes(self, **kwargs) -> dict:
-        """As of `UNet3DModel`; with an image embedding for each frame there are tokens for each."""
+        """Return the shapes that `UNet3DModel` counts; an image embedding for each frame brings tokens for each."""
         shapes, text, embedding = (
             super().extra_conds_shapes(**kwargs),
             kwargs.get("cross_attn"),

@@ -60,13 +60,13 @@ def add_pictures(
     encoding: str,
     seed: int,
 ) -> tuple[list, list]:
-    """As of `condition_prompts`, with image embeddings (N, 1, D), or (N, F, D) with one per frame, that are there.
+    """Do what `condition_prompts` does with given image embeddings: (N, 1, D), or (N, F, D) with one per frame.
 
     Raises:
         ValueError: a frame rate of 0 or less, or an image VAE that cannot be used.
     """
     if not fps > 0:
-        raise ValueError(f"fps {fps} is no frame rate. Use 1 or more; lower moves more, 16 is published.")
+        raise ValueError(f"fps {fps} is not a frame rate. Use 1 or more; lower moves more, 16 is published.")
     frame_vae = vae if isinstance(vae, FrameVAE) else over_frames(vae)
     latent = encode_first_frames(frame_vae, first_frames(images, width, height), encoding, seed)
     values = {IMAGE_LATENT: latent, FPS: float(fps)}

@@ -114,7 +114,7 @@ class FreeInit(comfy.samplers.Sampler):
         return self.sampler if seeded is None else seeded(row_seeds(seed, initial))
 
     def plan_runs(self, sigmas: torch.Tensor, config: dict | None) -> list[torch.Tensor]:
-        """The sigmas of each run; `config` as of `shorten`."""
+        """Return the sigmas of each run; for `config` see `shorten`."""
         return [self._run_sigmas(sigmas, run, config) for run in range(self.iterations)]
 
     def _run_sigmas(self, sigmas: torch.Tensor, run: int, config: dict | None) -> torch.Tensor:

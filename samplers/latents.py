@@ -38,7 +38,7 @@ def empty_latent(vae, width: int, height: int, frames: int, batch_size: int = 1)
         ValueError: see `check_size`; or no clips.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is no number of clips. Use 1 or more.")
+        raise ValueError(f"batch_size {batch_size} is not a number of clips. Use 1 or more.")
     spatial = vae.spacial_compression_decode()
     temporal = vae.temporal_compression_decode() or 1
     check_size(width, height, frames, spatial)

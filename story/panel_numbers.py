@@ -12,7 +12,7 @@ def select_panels(text: str, count: int) -> list[int] | None:
         first, _, last = part.partition("-")
         numbers = [first.strip(), (last or first).strip()]
         if not all(number.isdecimal() for number in numbers):
-            raise ValueError(f"panels is {text!r}: {part!r} is no number. Write numbers such as '2, 4-6'.")
+            raise ValueError(f"panels is {text!r}: {part!r} is not a number. Write numbers such as '2, 4-6'.")
         low, high = map(int, numbers)
         if not 1 <= low <= high <= count:
             raise ValueError(f"panels is {text!r}, but the story has panels 1 to {count}. Choose from those.")

@@ -28,7 +28,7 @@ def noise_of(*shape, seed=0):
 
 
 def x0(loaded, model=None, positive=None, noise=None, cfg=1.0):
-    """What the model makes of a noisy clip in one step."""
+    """Return what the model makes of a noisy clip in one step."""
     noise = noise_of(*loaded.latent["samples"].shape) if noise is None else noise
     model, positive = model or loaded.model, positive or loaded.positive
     return sample(model, positive, loaded.negative, noise, comfy.samplers.sampler_object("euler"), START, cfg)

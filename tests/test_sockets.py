@@ -312,7 +312,7 @@ def test_numbers_over_a_wire_that_no_widget_gives_are_named(parts):
         "alpha is nan, not a finite number": lambda: SharedNoise.execute(0, "mixed", NAN),
         "batch_size 0": lambda: EmptyLatent.execute(vae, 64, 64, 5, 0),
         "batch_size -1": lambda: I2VGenXLConditioning.execute(prompt, prompt, vae, vision, picture, 64, 64, 5, 16, -1),
-        "fps 0 is no frame rate": lambda: I2VGenXLConditioning.execute(
+        "fps 0 is not a frame rate": lambda: I2VGenXLConditioning.execute(
             prompt, prompt, vae, vision, picture, 64, 64, 5, 0, 1
         ),
         "width 0 is not a multiple": lambda: ConsistI2VConditioning.execute(

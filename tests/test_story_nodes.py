@@ -109,7 +109,7 @@ def test_a_panel_is_drawn_again(tools, script, two):  # noqa: F811
     "changes, message",
     [
         ({"only_panels": "8"}, "panels is '8', but the story has panels 1 to 7"),
-        ({"only_panels": "all"}, "'all' is no number"),
+        ({"only_panels": "all"}, "'all' is not a number"),
         ({"id_panels": 3}, "id_panels asks for 3 as references"),
         ({"sigmas": torch.tensor([])}, "no step. Connect a scheduler"),
         ({"sampling_rate_32": 1.5}, "rate_32 is 1.5. Choose a value from 0 to 1"),

@@ -468,11 +468,11 @@ def test_panel_numbers(text, expected):
         ("0", "'0', but the story has panels 1 to 7"),
         ("2, 8", "has panels 1 to 7. Choose from those"),
         ("5-2", "has panels 1 to 7"),
-        ("two", r"'two': 'two' is no number. Write numbers such as '2, 4-6'"),
-        ("1, 2.5", "'2.5' is no number"),
-        ("-3", "'-3' is no number"),
-        ("1-2-3", "'1-2-3' is no number"),
-        ("\u00b2", "is no number"),
+        ("two", r"'two': 'two' is not a number. Write numbers such as '2, 4-6'"),
+        ("1, 2.5", "'2.5' is not a number"),
+        ("-3", "'-3' is not a number"),
+        ("1-2-3", "'1-2-3' is not a number"),
+        ("\u00b2", "is not a number"),
     ],
 )
 def test_panel_numbers_that_are_refused(text, message):

@@ -99,7 +99,7 @@ def models_folder(given: Path | None) -> Path:
 
 
 def left_on_the_card(stage) -> list[str]:
-    """What lies on the card after everything has been unloaded."""
+    """Return what lies on the card after everything has been unloaded."""
     import comfy.model_management
 
     from device import memory
