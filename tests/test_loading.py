@@ -185,7 +185,7 @@ def test_a_file_of_something_else_than_named_tensors_says_so(tmp_path, content):
 
 
 def test_a_comfyui_that_looks_into_every_pickle_as_into_a_dictionary(tmp_path, monkeypatch):
-    """Newer versions of ComfyUI do so before they return: a file without a dictionary is an AttributeError of theirs."""
+    """Newer versions of ComfyUI do so, and answer a file without a dictionary with an AttributeError."""
     path = tmp_path / "model.bin"
     torch.save([torch.zeros(2)] * 2, path)
     monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *_, **__: [].items())
