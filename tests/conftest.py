@@ -49,6 +49,16 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.xdist_group(name))
 
 
+def pytest_collection_finish(session):
+    """Refuse a pytest-xdist that keeps no groups together: each process would start a server of its own."""
+    grouped = getattr(session.config.option, "loadgroup", False) and hasattr(session.config, "workerinput")
+    if grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            "This pytest-xdist does not keep groups of tests together under this pytest. Use the versions of "
+            "scripts/environment.txt, or run in one process with -n 0."
+        )
+
+
 @pytest.fixture(params=["classic", "dynamic"])
 def memory_mode(request, monkeypatch):
     """Runs a test twice: as ComfyUI loads on a CPU, and with what dynamic VRAM, its default on NVIDIA, does to loading.
