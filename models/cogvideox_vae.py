@@ -50,13 +50,13 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.downscale_ratio = (lambda frames: max(0, (frames - 1) // time + 1), space, space)
         self.upscale_index_formula = self.downscale_index_formula = (time, space, space)
 
-    def get_sd(self) -> dict[str, torch.Tensor]:
+    def get_sd(self, **options) -> dict[str, torch.Tensor]:
         """The weights, for ComfyUI's Save VAE and Save Checkpoint."""
         logging.warning(
             "A saved CogVideoX VAE is for other programs: ComfyUI's Load VAE divides clips otherwise and decodes "
             "slightly other frames. For ConsisID, keep the vae folder of the checkpoint and use Load ConsisID."
         )
-        return super().get_sd()
+        return super().get_sd(**options)
 
     def vae_encode_crop_pixels(self, pixels: torch.Tensor, **options) -> torch.Tensor:
         """Crop images (F, H, W, C) or (B, F, H, W, C) to what the encoder takes.

@@ -18,7 +18,7 @@ class FrameVAE(comfy.sd.VAE):
     batch (F, H, W, 3) is encoded as one clip (1, C, F, h, w).
     """
 
-    def get_sd(self) -> dict[str, torch.Tensor]:
+    def get_sd(self, **options) -> dict[str, torch.Tensor]:
         """The weights, for ComfyUI's Save VAE and Save Checkpoint; what Load VAE cannot tell from them is logged."""
         norms = (module for module in self.first_stage_model.modules() if isinstance(module, torch.nn.GroupNorm))
         groups = {norm.num_groups for norm in norms} - {COMFYUI_GROUPS}
@@ -29,7 +29,7 @@ class FrameVAE(comfy.sd.VAE):
                 groups.pop(),
                 COMFYUI_GROUPS,
             )
-        return super().get_sd()
+        return super().get_sd(**options)
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict = {}, **options) -> torch.Tensor:
         """Decode latents to images.

@@ -370,13 +370,19 @@ def test_further_entries_and_visits_read_the_nearest_there_is(asked, found):
     "asked, message",
     [
         (Evaluation(1, 0, 4, 0), "nothing of A for the negative prompt at step 5"),
-        (Evaluation(0, 0, 0, 0), "nothing of A for the positive prompt at step 1"),
         (Evaluation(2, 0, 4, 0), "nothing of A for the number 2 prompt at step 5"),
     ],
 )
 def test_missing_tokens_are_an_error(asked, message):
     with pytest.raises(ValueError, match=message):
         CharacterBank(ORIGIN, {"A": held(Evaluation(0, 0, 4, 0))}).tokens(["A"], asked, LAYER)
+
+
+def test_a_step_that_a_cache_left_out_reads_the_nearest():
+    kept = held(Evaluation(0, 0, 1, 0), Evaluation(0, 0, 4, 0))
+    for step, found in ((0, 0), (2, 0), (3, 1), (7, 1)):
+        (tokens,) = CharacterBank(ORIGIN, {"A": kept}).tokens(["A"], Evaluation(0, 0, step, 0), LAYER)
+        assert tokens.unique().tolist() == [found]
 
 
 def test_joined_leaves_the_bank_as_it_is():

@@ -264,6 +264,20 @@ def damage_text_keys(folder):
     save_file(state, path)
 
 
+def cut_embeddings(folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    embeddings = state["shared.weight"][:100].clone()
+    save_file(
+        {
+            name: embeddings.clone() if "embed_tokens" in name or name == "shared.weight" else tensor
+            for name, tensor in state.items()
+        },
+        path,
+    )
+    edit(folder / "text_encoder" / "config.json", vocab_size=100)
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -272,7 +286,11 @@ def damage_text_keys(folder):
         (damage_text_keys, ["text_encoder", "1 missing keys (encoder.final_layer_norm.weight)", "Restore"]),
         (lambda folder: edit(folder / "text_encoder" / "config.json", feed_forward_proj="gated-silu"), ["gated-silu"]),
         (lambda folder: edit(folder / "text_encoder" / "config.json", relative_attention_max_distance=64), ["64"]),
-        (lambda folder: edit(folder / "text_encoder" / "config.json", vocab_size=100), ["vocabulary of 32100", "100"]),
+        (
+            lambda folder: edit(folder / "text_encoder" / "config.json", vocab_size=100),
+            ["text_encoder", "shared.weight is (32128, 64), expected (100, 64)", "Restore"],
+        ),
+        (cut_embeddings, ["vocabulary of 32100", "embeddings for 100"]),
         (
             lambda folder: (folder / "text_encoder" / "config.json").write_text("{}", encoding="utf-8"),
             ["lacks d_model"],

@@ -138,7 +138,7 @@ def sample_calls(loaded) -> dict:
     calls |= {
         "cogvideox_vae.CogVideoXVAE.vae_encode_crop_pixels": lambda: clip_vae.vae_encode_crop_pixels(CLIP, **unknown),
         "consisti2v.ConsistI2VModel._apply_model": lambda: models["consisti2v.ConsistI2VModel"]._apply_model(
-            LATENT, None, **unknown
+            LATENT, None, clean_first_frame=LATENT[:, :, :1], **unknown
         ),
         "guidance.ImageTextGuider.set_conds": lambda: guider.set_conds([], [], **unknown),
         "guidance.ImageTextGuider.inner_sample": lambda: guider.inner_sample(

@@ -56,7 +56,7 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(models_folder, tmp_path_factory, request):
     running = Processes(models_folder, tmp_path_factory.mktemp("device"))
-    wanted = [item.callspec.params["mode"] for item in request.session.items if "processes" in item.fixturenames]
+    wanted = [item.callspec.params["mode"] for item in request.session.items if item.module is request.module]
     for mode in dict.fromkeys([modes.CPU, *wanted]):
         running.start(mode)
     yield running
