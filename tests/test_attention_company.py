@@ -22,6 +22,8 @@ from consistent_video.patches.schedule_place import Place, place_of
 from consistent_video.patches.token_sharing import Layer, Sharing
 from consistent_video.samplers.rehearsal import rehearse
 
+pytestmark = pytest.mark.slow
+
 PANELS, SIDE = 3, 16
 SHARING = Sharing(start_step=0, plain_early=0.0, plain_late=0.0, seed=3, rate_32=0.5, rate_64=0.5)
 NOTHING = dataclasses.replace(SHARING, rate_32=0.0, rate_64=0.0)

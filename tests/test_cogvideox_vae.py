@@ -21,6 +21,8 @@ from consistent_video.models.adopt import adopt
 from consistent_video.models.cogvideox_vae_chunks import ChunkedAutoencoder, chunk_bounds, replacements
 from consistent_video.models.cogvideox_vae_memory import memory_functions
 
+pytestmark = pytest.mark.slow
+
 THREE_LEVELS = {
     "block_out_channels": (16, 32, 32),
     "down_block_types": ("CogVideoXDownBlock3D",) * 3,

@@ -19,6 +19,8 @@ from consistent_video.models.consisid_transformer import REPLACEMENTS, ConsisIDT
 from consistent_video.samplers import reference, schedules
 from native_sampling import sample
 
+pytestmark = pytest.mark.slow
+
 SIZE = (8, 12)
 PUBLISHED = {
     "num_attention_heads": 48,

@@ -19,6 +19,8 @@ from consistent_video.training.consisti2v import SHARDED, ConsistI2VTask
 from consistent_video.training.consisti2v_validation import read_picture
 from consistent_video.training.randomness import seed_of
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LATENT = SIDE // 8
 WRAPPED = "_checkpoint_wrapped_module."  # what torch puts into the names of layers that are computed again

@@ -18,6 +18,8 @@ from consistent_video.samplers import free_init, reference, schedules
 from consistent_video.samplers.step_noise import RowNoise, row_seeds
 from native_sampling import conditioning, sample
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a panda surfing a wave"
 NEGATIVE = "blurry, text"
 SCALE = 0.18215

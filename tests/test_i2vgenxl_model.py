@@ -15,6 +15,8 @@ from consistent_video.models.i2vgenxl_conditioning import condition_prompts
 from consistent_video.samplers import reference, schedules
 from native_sampling import conditioning, sample
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def loaded(i2vgenxl_folder):

@@ -14,6 +14,8 @@ from consistent_video.loaders import assembly, checkpoint, lora, original_models
 from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MODELSCOPE
 from consistent_video.models.adopt import is_bypassed
 
+pytestmark = pytest.mark.slow
+
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TEMPORAL = "down_blocks.0.temp_convs.0.conv2.3"
 CONVOLUTION = "down_blocks.0.resnets.0.conv1"

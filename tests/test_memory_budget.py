@@ -14,6 +14,8 @@ from consistent_video.loaders.families import I2VGENXL
 from consistent_video.samplers import reference, schedules
 from native_sampling import conditioning, sample
 
+pytestmark = pytest.mark.slow
+
 # To ComfyUI another device than "cpu", hence one with memory to manage.
 DEVICE = torch.device("cpu:0")
 SMALL_GRAPH = 8 * 2**20

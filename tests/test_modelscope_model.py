@@ -19,6 +19,8 @@ from consistent_video.models.latent_format import FrameLatentFormat, frame_grid
 from consistent_video.samplers import latents, reference, schedules
 from native_sampling import conditioning, sample
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 TEMPORAL = "up_blocks.1.temp_attentions.0.transformer_blocks.0.attn1"
 LAYERS = (f"{ATTENTION}.to_k", f"{ATTENTION}.to_out.0", f"{TEMPORAL}.to_v")

@@ -1,6 +1,9 @@
 """What docs/native-nodes.md says about ComfyUI's nodes is what they do."""
 
 import native_nodes
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_page_about_native_nodes_is_true(models_folder):

@@ -18,6 +18,8 @@ import nodes as comfy_nodes
 from comfy_process import REPOSITORY, comfyui_folder
 from consistent_video.loaders import host
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = ("faces", "loaders", "models", "nodes", "patches", "samplers", "story")
 ALL_NODES = [node.GET_SCHEMA().node_id for node in node_schemas.nodes()]
 NEEDED = host.needed_version()

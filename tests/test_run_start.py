@@ -14,6 +14,8 @@ from consistent_video.models.frame_control import FrameControl
 from consistent_video.samplers import clip_numbers, picture_guidance, regions, schedules, self_attention_guidance
 from native_sampling import sample
 
+pytestmark = pytest.mark.slow
+
 UNETS = (MODELSCOPE.title, I2VGENXL.title, CONSISTI2V.title)
 START = torch.tensor([5.0, 0.0])
 

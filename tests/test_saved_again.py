@@ -17,6 +17,8 @@ from consistent_video.loaders.families import CONSISID, CONSISTI2V, I2VGENXL, MO
 from consistent_video.loaders.vae import load_vae
 from consistent_video.models import network_description
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {
     "text-to-video-ms-1.7b": MODELSCOPE,
     "i2vgen-xl": I2VGENXL,

@@ -16,6 +16,8 @@ from consistent_video.patches.step_cache import KEY, install_step_cache, moved
 from consistent_video.samplers import reference, schedules
 from native_sampling import sample
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (16, 3, 8, 12)
 STEPS = 20
 
