@@ -254,7 +254,7 @@ MUTATIONS = (
         "models/photomaker_picture.py",
         "picture.resize((width, height), Image.Resampling.BICUBIC)",
         "picture.resize((width, height), Image.Resampling.BILINEAR)",
-        "test_photomaker_encode.py",
+        "test_photomaker_network.py",
     ),
     Mutation(
         "models/photomaker.py",
