@@ -324,7 +324,7 @@ MUTATIONS = (
         "faces/embeddings.py",
         "vision = pooled / pooled.norm(dim=1, keepdim=True)",
         "vision = pooled",
-        "test_face_reference.py",
+        "test_face_embeddings.py",
     ),
     # Files
     Mutation(
