@@ -21,8 +21,7 @@ class Fields:
     Args:
         title: what the configuration describes, for messages.
         used: fields that act.
-        accepted: fields for which there is no choice -> the values that are as good as not given. Another value is an
-            error.
+        accepted: field -> the values with which it changes nothing. Another value is an error.
         harmless: fields that change nothing here, whatever they are.
         neutral: fields that are not read -> the value that changes nothing.
     """

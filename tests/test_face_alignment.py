@@ -37,8 +37,16 @@ def test_a_known_transform_is_recovered():
 
 
 def test_mirrored_points_are_not_mirrored_back():
-    matrix = similarity_transform(POINTS * [-1, 1], ARCFACE_TEMPLATE)
+    mirrored = POINTS * [-1, 1]
+    matrix = similarity_transform(mirrored, ARCFACE_TEMPLATE)
     assert np.linalg.det(matrix[:, :2]) > 0
+
+    def error(scale):
+        linear = scale * matrix[:, :2]
+        centred = (mirrored - mirrored.mean(axis=0)) @ linear.T
+        return np.square(centred - (ARCFACE_TEMPLATE - ARCFACE_TEMPLATE.mean(axis=0))).sum()
+
+    assert error(1) < min(error(0.99), error(1.01))  # the scale is that of the least squares, too
 
 
 @pytest.mark.parametrize("template", [ARCFACE_TEMPLATE, PORTRAIT_TEMPLATE], ids=["arcface", "portrait"])

@@ -41,7 +41,7 @@ class Usage:
 
 @contextmanager
 def used() -> Iterator[Usage]:
-    """What the block uses of the device."""
+    """Measure what a block of code uses of the device."""
     usage = Usage()
     if counted():
         torch.accelerator.reset_peak_memory_stats()

@@ -65,7 +65,7 @@ class Event:
 
 
 def install() -> None:
-    """Put the card into this process; there is no way back."""
+    """Install the simulated card in this process, for as long as it runs."""
     torch._C._ensureCUDADeviceGuardSet()
     main = Stream()
     replaced = {
